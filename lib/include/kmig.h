@@ -1,0 +1,309 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * libkmig: moving the memory of a running virtual machine to another host.
+ *
+ * Objects are opaque and belong to a context. Functions return 0 (or a count or descriptor
+ * where so said) and a negative errno on failure; kmig_ctx_error() then tells in words what
+ * was wrong, where, and what to do. Option structures begin with their size, so that a
+ * program built against an older header keeps working: initialise them with the
+ * KMIG_..._INIT macro and set what differs.
+ *
+ * An object may be used by one thread at a time; kmig_source_abort() and
+ * kmig_destination_abort() may be called from any thread and from signal handlers.
+ * The library has no globals, prints nothing, never exits and installs no signal handler
+ * (it writes to sockets with MSG_NOSIGNAL; the kernel module does likewise).
+ */
+#ifndef KMIG_H
+#define KMIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KMIG_VERSION_MAJOR 0
+#define KMIG_VERSION_MINOR 1
+#define KMIG_PORT 4760			/* default TCP port of a destination */
+#define KMIG_CHUNK_SIZE (2u << 20)	/* bytes */
+
+/** kmig_version() - the library's version as text, "MAJOR.MINOR" */
+const char *kmig_version(void);
+
+/* ---- Context ------------------------------------------------------------------------ */
+
+struct kmig_ctx;
+
+enum kmig_log_level { KMIG_LOG_ERROR, KMIG_LOG_WARNING, KMIG_LOG_INFO, KMIG_LOG_DEBUG };
+
+typedef void (*kmig_log_fn)(enum kmig_log_level level, const char *text, void *data);
+
+int kmig_ctx_new(struct kmig_ctx **ctx);
+void kmig_ctx_free(struct kmig_ctx *ctx);	/* after all its objects; NULL is allowed */
+void kmig_ctx_set_log(struct kmig_ctx *ctx, kmig_log_fn fn, void *data);
+
+/** kmig_ctx_error() - the message of the last call that failed; "" if none did */
+const char *kmig_ctx_error(const struct kmig_ctx *ctx);
+
+/* ---- Region: guest memory ------------------------------------------------------------ */
+
+struct kmig_region;
+
+enum kmig_region_kind {
+	KMIG_REGION_AUTO,	/* lmtrack where /dev/lmtrack exists, else memfd */
+	KMIG_REGION_LMTRACK,	/* can be a migration's source */
+	KMIG_REGION_MEMFD,	/* can only be its destination */
+};
+
+struct kmig_region_opts {
+	size_t size;
+	enum kmig_region_kind kind;
+	uint64_t bytes;		/* multiple of the page size */
+	int node;		/* NUMA node or -1 */
+	const char *name;	/* 1 to 63 printable characters without '/' */
+};
+#define KMIG_REGION_OPTS_INIT { .size = sizeof(struct kmig_region_opts), .node = -1, .name = "ram" }
+
+struct kmig_region_info {
+	size_t size;
+	enum kmig_region_kind kind;	/* LMTRACK or MEMFD */
+	uint64_t bytes;
+	uint64_t id;
+	uint64_t resident_bytes;
+	uint32_t page_size;
+	int node;
+	bool tracked;
+	uint32_t mappers;
+	uint64_t write_faults;
+	char name[64];
+};
+#define KMIG_REGION_INFO_INIT { .size = sizeof(struct kmig_region_info) }
+
+int kmig_region_create(struct kmig_ctx *ctx, const struct kmig_region_opts *opts, struct kmig_region **region);
+
+/**
+ * kmig_region_adopt() - use a region whose descriptor came from elsewhere
+ * @fd: stays the caller's; the region opens the file anew, so that what it starts ends with it
+ */
+int kmig_region_adopt(struct kmig_ctx *ctx, int fd, struct kmig_region **region);
+
+/**
+ * kmig_region_find() - find the lmtrack region of a running process
+ * @pid: the process; @fd: its descriptor number, or -1: the only region it holds
+ *
+ * ENOENT: it holds none; EMLINK: several, and @fd is -1; EACCES/EPERM: not allowed to look.
+ */
+int kmig_region_find(struct kmig_ctx *ctx, pid_t pid, int fd, struct kmig_region **region);
+
+int kmig_region_fd(const struct kmig_region *region);		/* stays the region's */
+uint64_t kmig_region_bytes(const struct kmig_region *region);
+void *kmig_region_map(struct kmig_region *region);		/* whole, read-write, once; NULL: see kmig_ctx_error() */
+int kmig_region_get_info(struct kmig_region *region, struct kmig_region_info *info);
+int kmig_region_clear(struct kmig_region *region);		/* punch it whole: reads as zero, costs nothing */
+int kmig_region_track_start(struct kmig_region *region, uint64_t *pinned_pages);
+int kmig_region_track_stop(struct kmig_region *region);
+/** @bitmap: zeroed, one bit a page from @first_page (a multiple of 64); returns 0, @dirty may be NULL */
+int kmig_region_dirty_get(struct kmig_region *region, bool clear, uint64_t first_page, uint64_t pages,
+			  uint64_t *bitmap, uint64_t *dirty);
+void kmig_region_free(struct kmig_region *region);
+
+/* ---- Stream: the kernel's sender, for those who bring their own engine ------------------ */
+
+struct kmig_stream;
+
+enum kmig_send_what { KMIG_SEND_ALL, KMIG_SEND_DIRTY };
+
+struct kmig_stream_opts {
+	size_t size;
+	uint64_t id;
+	bool no_zero_detection;
+};
+#define KMIG_STREAM_OPTS_INIT { .size = sizeof(struct kmig_stream_opts) }
+
+struct kmig_round {
+	uint32_t round;
+	int error;		/* 0 or negative errno */
+	int channel;		/* where the error happened, or -1 */
+	uint64_t duration_ns, pages, data_pages, zero_pages, bytes;
+};
+
+struct kmig_channel_stats {
+	uint64_t frames, data_pages, zero_pages, zero_extents, zerocopy_bytes, copied_bytes, header_bytes, blocked_ns;
+};
+
+int kmig_stream_create(struct kmig_ctx *ctx, const struct kmig_stream_opts *opts, struct kmig_stream **stream);
+int kmig_stream_fd(const struct kmig_stream *stream);		/* POLLIN: the round has ended */
+int kmig_stream_add_region(struct kmig_stream *stream, struct kmig_region *region, uint32_t index);
+int kmig_stream_add_channel(struct kmig_stream *stream, int sock);	/* returns the channel's number; sock stays the caller's */
+int kmig_stream_send(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what);
+int kmig_stream_wait(struct kmig_stream *stream, int timeout_ms, struct kmig_round *round);
+int kmig_stream_cancel(struct kmig_stream *stream);
+int kmig_stream_channel_stats(struct kmig_stream *stream, uint32_t channel, struct kmig_channel_stats *stats);
+void kmig_stream_free(struct kmig_stream *stream);
+
+/* ---- Report: what both engines tell during and after a migration -------------------------- */
+
+/* The ten states of a live migration, in order. */
+enum kmig_state {
+	KMIG_STATE_HELLO,	/* versions, features, the shared secret */
+	KMIG_STATE_CAPACITY,	/* does the destination have the memory? */
+	KMIG_STATE_REGIONS,	/* region table */
+	KMIG_STATE_DEVICES,	/* destination VM set up */
+	KMIG_STATE_CHANNELS,	/* data connections */
+	KMIG_STATE_FIRST_PASS,
+	KMIG_STATE_ITERATION,
+	KMIG_STATE_BLACKOUT,
+	KMIG_STATE_CHECK,	/* digests, prepare, ready, commit */
+	KMIG_STATE_CLEANUP,
+	KMIG_STATES
+};
+const char *kmig_state_name(enum kmig_state state);
+
+enum kmig_verdict {
+	KMIG_RUNNING,		/* the migration is under way */
+	KMIG_COMPLETED,		/* the guest runs at the destination */
+	KMIG_FAILED,		/* the guest runs at the source, as before */
+	KMIG_CANCELLED,		/* likewise, because of an abort */
+	KMIG_UNKNOWN,		/* committed, no answer: the source stays paused until someone decides */
+};
+
+struct kmig_report {
+	size_t size;
+	enum kmig_verdict verdict;
+	enum kmig_state state;
+	uint64_t total_ns;		/* since the engine started to run */
+	uint64_t downtime_ns;		/* source paused to destination running, as the source saw it; destination: prepare to run */
+	uint64_t setup_ns;		/* hello to first pass */
+	uint64_t state_ns[KMIG_STATES];	/* when each state began, since the start; 0 for one not reached, but the first */
+	uint64_t ram_bytes;		/* all regions */
+	uint64_t transferred_bytes;	/* over data channels, and the device state */
+	uint64_t data_pages, zero_pages;
+	uint64_t zerocopy_bytes, copied_bytes;
+	uint64_t device_state_bytes;
+	uint64_t digests_compared;	/* chunks */
+	uint64_t remaining_bytes;	/* not sent yet in this round, or dirty again: an estimate while running */
+	uint64_t eta_ns;		/* until the end: an estimate; 0 when unknown */
+	double bytes_per_second;	/* on the wire, measured while a round was sent */
+	double dirty_pages_per_second;	/* of the last interval */
+	uint32_t rounds;
+	uint32_t page_size;
+};
+
+struct kmig_round_report {
+	uint32_t round;
+	uint64_t dirty_pages, data_pages, zero_pages, bytes;
+	uint64_t duration_ns;
+	double bytes_per_second, dirty_pages_per_second;
+};
+
+/* ---- Source engine ------------------------------------------------------------------ */
+
+struct kmig_source;
+
+/* What the VMM does for the source engine; each returns 0 or a negative errno. */
+struct kmig_source_ops {
+	size_t size;
+	/** @pause: stop every vCPU; guest memory may only change through @save_state from now on */
+	int (*pause)(void *data);
+	/** @resume: run the guest again, after an abort before commit; called only if @pause was */
+	int (*resume)(void *data);
+	/** @save_state: device state into memory from malloc(), freed by the engine; NULL: none */
+	int (*save_state)(void **state, size_t *length, void *data);
+	/** @completed: the destination runs; the VMM may end. May be NULL */
+	void (*completed)(void *data);
+	/** @progress: called several times a second and at each change of state. May be NULL */
+	void (*progress)(const struct kmig_report *report, void *data);
+	/** @round: a round was sent and acknowledged. May be NULL */
+	void (*round)(const struct kmig_round_report *round, void *data);
+};
+
+struct kmig_source_opts {
+	size_t size;
+	const char *host;	/* destination, numeric or name */
+	uint16_t port;		/* 0: KMIG_PORT */
+	const void *secret;	/* shared secret, at least 16 bytes */
+	size_t secret_len;
+	unsigned int channels;	/* 1 to 64 */
+	uint32_t downtime_ms;	/* limit that decides when to pause; 1 to 60000 */
+	uint32_t max_rounds;	/* pre-copy ends after so many, 1 to 10000 */
+	uint32_t timeout_ms;	/* longest silence of the peer */
+	bool no_zero_detection;
+	bool allow_pinned;	/* go on with pages pinned for devices: they are sent in every round */
+};
+#define KMIG_SOURCE_OPTS_INIT { .size = sizeof(struct kmig_source_opts), .channels = 2, \
+	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000 }
+
+int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *opts,
+		    const struct kmig_source_ops *ops, void *data, struct kmig_source **source);
+int kmig_source_add_region(struct kmig_source *source, struct kmig_region *region);
+
+/**
+ * kmig_source_run() - migrate; blocks, calling the VMM's functions on this thread
+ *
+ * 0: KMIG_COMPLETED. Negative errno: see the report's verdict. ENOMEM/ENOSPC: the destination
+ * lacks memory (refused before the first pass); EPROTONOSUPPORT: version or feature;
+ * EKEYREJECTED: secret; ECANCELED: aborted; ETIMEDOUT, ECONNRESET...: the peer;
+ * EBADMSG: a digest differed; EINPROGRESS: KMIG_UNKNOWN.
+ */
+int kmig_source_run(struct kmig_source *source);
+void kmig_source_abort(struct kmig_source *source);
+int kmig_source_report(struct kmig_source *source, struct kmig_report *report);
+void kmig_source_free(struct kmig_source *source);
+
+/* ---- Destination engine --------------------------------------------------------------- */
+
+struct kmig_destination;
+
+struct kmig_destination_ops {
+	size_t size;
+	/**
+	 * @prepare: the source announced @count regions of these sizes: set the VM up and name a
+	 * region for each. The engine empties them before it receives. ENOMEM refuses.
+	 */
+	int (*prepare)(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data);
+	/** @load_state: load the device state; the guest must not run yet */
+	int (*load_state)(const void *state, size_t length, void *data);
+	/** @run: the source has committed: run the guest. It can no longer be refused */
+	int (*run)(void *data);
+	/** @discard: the migration failed before commit: throw the VM away. May be NULL */
+	void (*discard)(void *data);
+	void (*progress)(const struct kmig_report *report, void *data);	/* may be NULL */
+};
+
+struct kmig_destination_opts {
+	size_t size;
+	const char *host;	/* address to listen on; NULL: 127.0.0.1 */
+	uint16_t port;		/* 0: any free one, see kmig_destination_address() */
+	const void *secret;
+	size_t secret_len;
+	uint32_t timeout_ms;	/* longest silence of the source once it has connected */
+	uint64_t max_bytes;	/* largest sum of regions accepted; 0: what the machine has available */
+};
+#define KMIG_DESTINATION_OPTS_INIT { .size = sizeof(struct kmig_destination_opts), \
+	.port = KMIG_PORT, .timeout_ms = 10000 }
+
+/** kmig_destination_new() - also listens, so that the address is known on return */
+int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opts *opts,
+			 const struct kmig_destination_ops *ops, void *data,
+			 struct kmig_destination **destination);
+int kmig_destination_address(struct kmig_destination *destination, struct sockaddr_storage *address, socklen_t *length);
+
+/**
+ * kmig_destination_run() - receive one migration; blocks
+ *
+ * A connection that does not prove the secret is turned away and does not end the call.
+ */
+int kmig_destination_run(struct kmig_destination *destination);
+void kmig_destination_abort(struct kmig_destination *destination);
+int kmig_destination_report(struct kmig_destination *destination, struct kmig_report *report);
+void kmig_destination_free(struct kmig_destination *destination);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KMIG_H */

@@ -1,0 +1,375 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * lmtrack: tracked guest memory and its zero-copy sender.
+ *
+ * /dev/lmtrack makes two kinds of object, each a file descriptor:
+ *
+ *   region   guest RAM as a file that can be mapped shared, tracked for writes and harvested
+ *   stream   a sender that moves regions over connected channels, round by round
+ *
+ * Every argument structure begins with its own size and a flags word. The kernel accepts a
+ * larger structure than it knows when the part it does not know is zero (E2BIG otherwise),
+ * and a smaller one down to the size of the first published version (EINVAL below). Unknown
+ * flags and non-zero reserved fields are EOPNOTSUPP and EINVAL.
+ *
+ * Page numbers count units of the system's page size; a chunk is LMTRACK_CHUNK_PAGES pages.
+ */
+#ifndef _UAPI_LINUX_LMTRACK_H
+#define _UAPI_LINUX_LMTRACK_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define LMTRACK_IOC_TYPE	0xBC
+
+/* The unit of tracking memory, of sending and of digests: 2 MiB with 4 KiB pages. */
+#define LMTRACK_CHUNK_PAGES	512
+
+#define LMTRACK_NAME_MAX	64	/* bytes, the terminating NUL included */
+#define LMTRACK_CHANNELS_MAX	64
+#define LMTRACK_REGIONS_MAX	64	/* regions of one stream */
+#define LMTRACK_REGION_SIZE_MAX	(1ULL << 46)
+
+/**
+ * struct lmtrack_region_create - LMTRACK_REGION_CREATE, on /dev/lmtrack
+ * @size:	sizeof(struct lmtrack_region_create)
+ * @flags:	none yet, zero
+ * @region_size: bytes; a multiple of the page size, 1 page to LMTRACK_REGION_SIZE_MAX
+ * @node:	NUMA node that pages are preferably taken from, or -1 for the policy of the
+ *		thread that touches them
+ * @reserved:	zero
+ * @name:	NUL-terminated, at least one character, printable, no '/': seen in /proc as
+ *		"/lmtrack:NAME"
+ *
+ * The ioctl returns the new region's file descriptor (close-on-exec).
+ *
+ * EINVAL: size, name, node or reserved field; EOPNOTSUPP: unknown flag; ENOMEM.
+ */
+struct lmtrack_region_create {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 region_size;
+	__s32 node;
+	__u32 reserved;
+	char name[LMTRACK_NAME_MAX];
+};
+#define LMTRACK_REGION_CREATE	_IO(LMTRACK_IOC_TYPE, 0x00)
+
+/**
+ * struct lmtrack_stream_create - LMTRACK_STREAM_CREATE, on /dev/lmtrack
+ * @size:	sizeof(struct lmtrack_stream_create)
+ * @flags:	LMTRACK_STREAM_NO_ZERO_DETECT: do not look for pages that hold only zeroes
+ * @stream_id:	written into every frame (see lmtrack_wire.h); the caller's choice
+ *
+ * The ioctl returns the new stream's file descriptor (close-on-exec).
+ */
+struct lmtrack_stream_create {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 stream_id;
+};
+#define LMTRACK_STREAM_CREATE	_IO(LMTRACK_IOC_TYPE, 0x01)
+
+#define LMTRACK_STREAM_NO_ZERO_DETECT	(1U << 0)
+
+/**
+ * enum lmtrack_region_state - where a region is between plain memory and tracked memory
+ * @LMTRACK_IDLE:	plain shared memory: no write is noticed, none costs more
+ * @LMTRACK_STARTING:	TRACK_START is under way
+ * @LMTRACK_TRACKED:	every write is in the bitmap
+ */
+enum lmtrack_region_state {
+	LMTRACK_IDLE = 0,
+	LMTRACK_STARTING = 1,
+	LMTRACK_TRACKED = 2,
+};
+
+/**
+ * struct lmtrack_region_info - LMTRACK_REGION_INFO, on a region
+ * @size:	sizeof(struct lmtrack_region_info)
+ * @flags:	zero
+ * @region_size: out: bytes
+ * @region_id:	out: unique among the regions of this host since the module was loaded
+ * @page_size:	out: bytes
+ * @node:	out: NUMA node asked for, or -1
+ * @state:	out: enum lmtrack_region_state
+ * @reserved:	zero
+ * @name:	out: as given at creation
+ */
+struct lmtrack_region_info {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 region_size;
+	__aligned_u64 region_id;
+	__u32 page_size;
+	__s32 node;
+	__u32 state;
+	__u32 reserved;
+	char name[LMTRACK_NAME_MAX];
+};
+#define LMTRACK_REGION_INFO	_IO(LMTRACK_IOC_TYPE, 0x10)
+
+/**
+ * struct lmtrack_track_start - LMTRACK_TRACK_START, on a region
+ * @size:	sizeof(struct lmtrack_track_start)
+ * @flags:	LMTRACK_TRACK_ALLOW_PINNED
+ * @pinned:	out: pages found pinned for I/O (also with EBUSY)
+ *
+ * From its return on, every write through any mapping of the region is noticed. All resident
+ * pages count as dirty until they are first harvested. Tracking belongs to the open file that
+ * started it: only that file can harvest and stop it, and it stops when that file is closed.
+ * A caller that got its descriptor from another process therefore opens /proc/self/fd/N anew
+ * and starts tracking there.
+ *
+ * Costs time in proportion to the number of mappings, not of pages; only when a process that
+ * maps the region has ever pinned memory are the resident pages looked at, for pins.
+ *
+ * EBUSY: tracked already (@pinned is 0), or @pinned pages are pinned and
+ * LMTRACK_TRACK_ALLOW_PINNED was not given. With it, a pinned page is dirty in every harvest
+ * for as long as it is pinned. EINTR: killed while waiting for a process's mmap_lock.
+ */
+struct lmtrack_track_start {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 pinned;
+};
+#define LMTRACK_TRACK_START	_IO(LMTRACK_IOC_TYPE, 0x11)
+
+#define LMTRACK_TRACK_ALLOW_PINNED	(1U << 0)
+
+/**
+ * struct lmtrack_track_stop - LMTRACK_TRACK_STOP, on the region file that started
+ * @size:	sizeof(struct lmtrack_track_stop)
+ * @flags:	zero
+ *
+ * EPERM: another open file started it. EINVAL: not tracked. EBUSY: a stream is sending it.
+ */
+struct lmtrack_track_stop {
+	__u32 size;
+	__u32 flags;
+};
+#define LMTRACK_TRACK_STOP	_IO(LMTRACK_IOC_TYPE, 0x12)
+
+/**
+ * struct lmtrack_dirty_get - LMTRACK_DIRTY_GET, on the region file that started tracking
+ * @size:	sizeof(struct lmtrack_dirty_get)
+ * @flags:	LMTRACK_DIRTY_CLEAR: clear what is reported and protect it again;
+ *		without: peek, nothing changes
+ * @first:	first page of the range, a multiple of 64
+ * @pages:	length of the range in pages, > 0; @first + @pages within the region
+ * @bitmap:	address of an array of __u64, (@pages + 63) / 64 long; page @first + n is
+ *		bit n % 64 of word n / 64
+ * @dirty:	out: pages reported; with an error, those delivered before it
+ *
+ * Bits are set, never cleared: the caller hands in zeroed memory, and the kernel touches only
+ * words in which something is dirty. On EFAULT nothing is lost: what could not be delivered is
+ * still dirty. Cost is in proportion to what is dirty, not to the range.
+ *
+ * EINVAL: not tracked, range, alignment; EOPNOTSUPP: flags; EPERM: not the tracking file;
+ * EFAULT: @bitmap; EINTR: killed.
+ */
+struct lmtrack_dirty_get {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 first;
+	__aligned_u64 pages;
+	__aligned_u64 bitmap;
+	__aligned_u64 dirty;
+};
+#define LMTRACK_DIRTY_GET	_IO(LMTRACK_IOC_TYPE, 0x13)
+
+#define LMTRACK_DIRTY_CLEAR	(1U << 0)
+
+/**
+ * struct lmtrack_region_stats - LMTRACK_REGION_STATS, on a region
+ * @size:	sizeof(struct lmtrack_region_stats)
+ * @flags:	zero
+ * @resident_pages: pages that exist now
+ * @chunks:	chunks for which tracking memory exists now
+ * @kernel_bytes: memory held for this region beside its pages, as far as the module knows
+ * @write_faults: write faults noticed (none while idle)
+ * @dirtied_pages: clean pages that became dirty
+ * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
+ * @harvested_pages: pages cleared by them and by streams
+ * @repinned_pages: pages that stayed dirty in a harvest because they were pinned
+ * @mappers:	processes that map the region now
+ *
+ * Counters grow from the creation of the region.
+ */
+struct lmtrack_region_stats {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 resident_pages;
+	__aligned_u64 chunks;
+	__aligned_u64 kernel_bytes;
+	__aligned_u64 write_faults;
+	__aligned_u64 dirtied_pages;
+	__aligned_u64 harvests;
+	__aligned_u64 harvested_pages;
+	__aligned_u64 repinned_pages;
+	__aligned_u64 mappers;
+};
+#define LMTRACK_REGION_STATS	_IO(LMTRACK_IOC_TYPE, 0x14)
+
+/**
+ * struct lmtrack_stream_add_region - LMTRACK_STREAM_ADD_REGION, on a stream
+ * @size:	sizeof(struct lmtrack_stream_add_region)
+ * @flags:	zero
+ * @fd:		a region, the open file that tracks it or will
+ * @index:	its number in the frames, below LMTRACK_REGIONS_MAX
+ *
+ * The stream keeps the region's file open. Before the first SEND only.
+ *
+ * EBADF: no such fd; EINVAL: not a region, index; EEXIST: the region or the index is in the
+ * stream already; EBUSY: a round was already sent.
+ */
+struct lmtrack_stream_add_region {
+	__u32 size;
+	__u32 flags;
+	__s32 fd;
+	__u32 index;
+};
+#define LMTRACK_STREAM_ADD_REGION	_IO(LMTRACK_IOC_TYPE, 0x20)
+
+/**
+ * struct lmtrack_stream_add_channel - LMTRACK_STREAM_ADD_CHANNEL, on a stream
+ * @size:	sizeof(struct lmtrack_stream_add_channel)
+ * @flags:	zero
+ * @fd:		a connected TCP socket; the stream is its only writer from now on
+ * @reserved:	zero
+ * @cpumask:	address of a CPU mask for the channel's thread, or 0: the CPUs of the first
+ *		region's node
+ * @cpumask_bytes: its length; 0 when @cpumask is
+ * @channel:	out: the channel's number, counted from 0
+ *
+ * Before the first SEND only: a chunk stays on the channel it was first sent on, so that a
+ * newer copy of a page never overtakes an older one.
+ *
+ * EBADF, ENOTSOCK, EPROTOTYPE (no TCP socket), ENOTCONN, EEXIST (the socket is in this stream
+ * already), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was already sent), EINVAL (mask
+ * empty, or without an online CPU), EFAULT, ENOMEM.
+ */
+struct lmtrack_stream_add_channel {
+	__u32 size;
+	__u32 flags;
+	__s32 fd;
+	__u32 reserved;
+	__aligned_u64 cpumask;
+	__u32 cpumask_bytes;
+	__u32 channel;
+};
+#define LMTRACK_STREAM_ADD_CHANNEL	_IO(LMTRACK_IOC_TYPE, 0x21)
+
+/**
+ * enum lmtrack_send_what - what a round carries
+ * @LMTRACK_SEND_ALL:	every resident page; holes are neither touched nor sent
+ * @LMTRACK_SEND_DIRTY:	what was dirtied since it was last harvested; pages punched out
+ *			travel as zero
+ */
+enum lmtrack_send_what {
+	LMTRACK_SEND_ALL = 0,
+	LMTRACK_SEND_DIRTY = 1,
+};
+
+/**
+ * struct lmtrack_stream_send - LMTRACK_STREAM_SEND, on a stream
+ * @size:	sizeof(struct lmtrack_stream_send)
+ * @flags:	zero
+ * @round:	the round's number in the frames; grows from one SEND to the next
+ * @what:	enum lmtrack_send_what
+ *
+ * Returns at once; poll() reports POLLIN when the round has been handed to the network whole,
+ * or has failed. Pages are harvested (cleared, protected again) chunk by chunk just before
+ * they are sent. All regions must be tracked by the files they were added by.
+ *
+ * EBUSY: a round is being sent; EINVAL: no channel, no region, a region that is not tracked,
+ * @round or @what; EPIPE: the stream failed or was cancelled before.
+ */
+struct lmtrack_stream_send {
+	__u32 size;
+	__u32 flags;
+	__u32 round;
+	__u32 what;
+};
+#define LMTRACK_STREAM_SEND	_IO(LMTRACK_IOC_TYPE, 0x22)
+
+/**
+ * struct lmtrack_stream_wait - LMTRACK_STREAM_WAIT, on a stream
+ * @size:	sizeof(struct lmtrack_stream_wait)
+ * @flags:	zero
+ * @timeout_ms:	longest wait in milliseconds, or -1
+ * @round:	out: the last round sent
+ * @error:	out: 0, or the positive errno that ended the round
+ * @channel:	out: where the error happened, or -1
+ * @duration_ns: out: from SEND to the end of the round
+ * @pages:	out: pages harvested in the round
+ * @data_pages:	out: of them, sent as data
+ * @zero_pages:	out: of them, sent as zero (holes and zeroes)
+ * @bytes:	out: bytes handed to the network, headers included
+ *
+ * EINVAL: no round was ever sent; ETIMEDOUT; EINTR.
+ */
+struct lmtrack_stream_wait {
+	__u32 size;
+	__u32 flags;
+	__s32 timeout_ms;
+	__u32 round;
+	__u32 error;
+	__s32 channel;
+	__aligned_u64 duration_ns;
+	__aligned_u64 pages;
+	__aligned_u64 data_pages;
+	__aligned_u64 zero_pages;
+	__aligned_u64 bytes;
+};
+#define LMTRACK_STREAM_WAIT	_IO(LMTRACK_IOC_TYPE, 0x23)
+
+/**
+ * struct lmtrack_stream_cancel - LMTRACK_STREAM_CANCEL, on a stream
+ * @size:	sizeof(struct lmtrack_stream_cancel)
+ * @flags:	zero
+ *
+ * Shuts every channel down and ends the round with ECANCELED. The stream cannot send again.
+ * Pages harvested but not sent are no longer dirty: whoever goes on after this begins with
+ * LMTRACK_SEND_ALL on a new stream. Harmless when nothing is being sent.
+ */
+struct lmtrack_stream_cancel {
+	__u32 size;
+	__u32 flags;
+};
+#define LMTRACK_STREAM_CANCEL	_IO(LMTRACK_IOC_TYPE, 0x24)
+
+/**
+ * struct lmtrack_channel_stats - LMTRACK_CHANNEL_STATS, on a stream
+ * @size:	sizeof(struct lmtrack_channel_stats)
+ * @flags:	zero
+ * @channel:	in: the channel's number
+ * @reserved:	zero
+ * @frames:	frames sent
+ * @data_pages:	pages sent as data
+ * @zero_pages:	pages sent as zero
+ * @zero_extents: extents they were sent in
+ * @zerocopy_bytes: payload bytes the network took by reference
+ * @copied_bytes: payload bytes it copied (no scatter-gather, or TLS on the socket)
+ * @header_bytes: frame headers and extent tables
+ * @blocked_ns:	time spent inside the socket, most of it waiting for room
+ *
+ * EINVAL: no such channel.
+ */
+struct lmtrack_channel_stats {
+	__u32 size;
+	__u32 flags;
+	__u32 channel;
+	__u32 reserved;
+	__aligned_u64 frames;
+	__aligned_u64 data_pages;
+	__aligned_u64 zero_pages;
+	__aligned_u64 zero_extents;
+	__aligned_u64 zerocopy_bytes;
+	__aligned_u64 copied_bytes;
+	__aligned_u64 header_bytes;
+	__aligned_u64 blocked_ns;
+};
+#define LMTRACK_CHANNEL_STATS	_IO(LMTRACK_IOC_TYPE, 0x25)
+
+#endif /* _UAPI_LINUX_LMTRACK_H */
