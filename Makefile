@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# lmtrack: modules, library, tools, tests. All output goes below build/.
+#
+#   make [KERNELS="..."]   modules, library, tools
+#   make modules KVER=...  modules for one kernel, in build/kmod-KVER/
+#   make check             everything built, checked and tested on the stock kernels
+#   make demo              a running guest moves between two QEMUs, in a VM
+#   make lint              W=1 and sparse without a word, checkpatch --strict
+#   make install           PREFIX, DESTDIR; modules for KERNELS
+#   make clean, distclean  distclean also drops what tools/setup/install fetched
+
+ROOT := $(CURDIR)
+O ?= $(ROOT)/build
+PREFIX ?= /usr/local
+RUNNING := $(shell uname -r)
+
+# Without KERNELS=: build for the running kernel, test on the stock ones.
+ifdef KVER
+KERNELS := $(KVER)
+endif
+ifdef KERNELS
+CHECK_KERNELS := $(KERNELS)
+else
+CHECK_KERNELS = $(shell tools/vm/kernels)
+KERNELS = $(if $(wildcard /lib/modules/$(RUNNING)/build),$(RUNNING),$(CHECK_KERNELS))
+endif
+kdir = /lib/modules/$(1)/build
+
+CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
+SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
+
+.PHONY: all modules lib tools selftests guest check demo lint install clean distclean
+.PHONY: lint-checkpatch
+all: modules lib tools
+
+modules: $(KERNELS:%=module-%)
+
+# Kbuild writes beside the sources: each kernel gets a copy of them.
+define copy_sources
+	@mkdir -p $(1)
+	@cp -a -u Kbuild kmod uapi $(1)/
+endef
+
+module-%:
+	$(call copy_sources,$(O)/kmod-$*)
+	@$(MAKE) --no-print-directory -C $(call kdir,$*) M=$(O)/kmod-$* W=1 modules
+
+lib:
+	@$(SUB) -C lib all
+
+tools: lib
+	@$(SUB) -C tools/kmig all
+
+selftests: lib tools
+	@$(SUB) -C selftests all
+
+guest:
+	@$(SUB) -C selftests/guest all
+
+# One kernel after the other: each run owns the machine's processors.
+check: lint lib tools selftests guest $(CHECK_KERNELS:%=module-%)
+	@selftests/check $(CHECK_KERNELS)
+
+demo:
+	@tools/setup/install
+	@$(MAKE) --no-print-directory lib tools guest module-$$(tools/vm/kernels 6.12)
+	@tools/demo/run
+
+lint: lint-checkpatch $(CHECK_KERNELS:%=lint-module-%)
+
+# C=2 checks every file, compiled anew or not; any word from compiler or sparse fails.
+lint-module-%:
+	$(call copy_sources,$(O)/lint-$*)
+	@$(MAKE) --no-print-directory -C $(call kdir,$*) M=$(O)/lint-$* W=1 C=2 \
+		KCFLAGS=-Werror modules >$(O)/lint-$*/log 2>&1 || { cat $(O)/lint-$*/log; exit 1; }
+	@! grep -E 'warning:|error:|WARNING:' $(O)/lint-$*/log
+	@echo "lint: $*: W=1 and sparse clean"
+
+# BIT() is not there for user space; checkpatch knows that of include/uapi only.
+checkpatch = $(CHECKPATCH) --no-tree --strict --terse --show-types --quiet --no-summary
+lint-checkpatch:
+	@$(checkpatch) -f $$(find kmod -name '*.[ch]')
+	@$(checkpatch) --ignore BIT_MACRO -f $$(find uapi -name '*.h')
+	@echo "lint: checkpatch --strict clean"
+
+install: modules lib tools
+	@$(SUB) -C lib install
+	@$(SUB) -C tools/kmig install
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include/linux uapi/linux/*.h
+	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d tools/setup/60-lmtrack.rules
+	@for k in $(KERNELS); do \
+		$(MAKE) --no-print-directory -C $(call kdir,$$k) M=$(O)/kmod-$$k \
+			INSTALL_MOD_PATH=$(DESTDIR) INSTALL_MOD_DIR=updates modules_install || exit 1; \
+	done
+
+# What was fetched by tools/setup/install stays.
+clean:
+	@rm -rf $(filter-out $(O)/vm $(O)/kselftest,$(wildcard $(O)/*))
+
+distclean:
+	@rm -rf $(O)
