@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Text and JSON from one call. The tree is always built, so that a report can go to a file
+ * as JSON while its text goes to the terminal.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <json-c/json.h>
+
+#include "tool.h"
+
+#define OUT_DEPTH 8
+
+struct out {
+	FILE *text;
+	struct json_object *stack[OUT_DEPTH];	/* stack[0] is the root and owns the rest */
+	unsigned int depth;			/* open containers */
+};
+
+struct out *out_new(FILE *text)
+{
+	struct out *o = calloc(1, sizeof(*o));
+
+	if (!o)
+		abort();
+	o->text = text;
+	return o;
+}
+
+void out_free(struct out *o)
+{
+	json_object_put(o->stack[0]);
+	free(o);
+}
+
+struct json_object *out_json(struct out *o)
+{
+	return o->stack[0];
+}
+
+void out_print_json(struct out *o, FILE *file)
+{
+	fprintf(file, "%s\n", json_object_to_json_string_ext(o->stack[0],
+		JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED | JSON_C_TO_STRING_NOSLASHESCAPE));
+}
+
+/* Written beside its name and renamed, so that a reader never finds half of it. */
+int out_write_report(struct out *o, const char *path)
+{
+	char *part;
+	FILE *file;
+	int err = 0;
+
+	if (asprintf(&part, "%s.part", path) < 0)
+		return fail(ENOMEM, "report %s: no memory", path);
+	file = fopen(part, "we");
+	if (file) {
+		out_print_json(o, file);
+		if (ferror(file))
+			err = EIO;
+		if (fclose(file) && !err)
+			err = errno;
+		if (!err && rename(part, path))
+			err = errno;
+		if (err)
+			unlink(part);
+	} else {
+		err = errno;
+	}
+	free(part);
+	return err ? fail(err, "report %s: %s", path, strerror(err)) : 0;
+}
+
+static void add(struct out *o, const char *key, struct json_object *value)
+{
+	struct json_object *in;
+
+	if (!value)
+		abort();
+	if (!o->depth) {
+		o->stack[0] = value;
+		return;
+	}
+	in = o->stack[o->depth - 1];
+	if (json_object_is_type(in, json_type_array))
+		json_object_array_add(in, value);
+	else
+		json_object_object_add(in, key, value);
+}
+
+static void push(struct out *o, const char *key, struct json_object *value)
+{
+	add(o, key, value);
+	if (o->depth == OUT_DEPTH)
+		abort();
+	o->stack[o->depth++] = value;
+}
+
+void out_object(struct out *o, const char *key)
+{
+	push(o, key, json_object_new_object());
+}
+
+void out_array(struct out *o, const char *key)
+{
+	push(o, key, json_object_new_array());
+}
+
+void out_end(struct out *o)
+{
+	o->depth--;
+}
+
+void out_text(struct out *o, const char *fmt, ...)
+{
+	va_list args;
+
+	if (!o->text)
+		return;
+	va_start(args, fmt);
+	vfprintf(o->text, fmt, args);
+	va_end(args);
+}
+
+/* The formats come from this program's own sources, one directive each. */
+#define PRINT(o, fmt, value) do { if ((o)->text && (fmt)) fprintf((o)->text, (fmt), (value)); } while (0)
+
+void out_uint(struct out *o, const char *key, const char *fmt, uint64_t value)
+{
+	add(o, key, json_object_new_uint64(value));
+	PRINT(o, fmt, value);
+}
+
+void out_int(struct out *o, const char *key, const char *fmt, int value)
+{
+	add(o, key, json_object_new_int(value));
+	PRINT(o, fmt, value);
+}
+
+void out_float(struct out *o, const char *key, const char *fmt, double value)
+{
+	char digits[64];
+
+	/* Three decimals say all that is measured; the default prints seventeen digits. */
+	snprintf(digits, sizeof(digits), "%.3f", value);
+	add(o, key, json_object_new_double_s(value, digits));
+	PRINT(o, fmt, value);
+}
+
+void out_string(struct out *o, const char *key, const char *fmt, const char *value)
+{
+	add(o, key, json_object_new_string(value));
+	PRINT(o, fmt, value);
+}
+
+void out_bool(struct out *o, const char *key, const char *fmt, bool value)
+{
+	add(o, key, json_object_new_boolean(value));
+	PRINT(o, fmt, value ? "yes" : "no");
+}
+
+void out_bytes(struct out *o, const char *key, const char *fmt, uint64_t value)
+{
+	char human[32];
+
+	format_bytes(value, human);
+	add(o, key, json_object_new_uint64(value));
+	PRINT(o, fmt, human);
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A migration is done by a worker, a child of the process that the user started.
+ *
+ * Were it one process, its SIGKILL during the blackout would leave a guest that runs
+ * nowhere. So: when the front is killed, the worker gets SIGTERM from the kernel and aborts
+ * in good order; when the worker is killed, the front sets right what can be set right. The
+ * worker has a process group of its own, so that no signal meant for a group, as of
+ * timeout -k, kills both.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tool.h"
+
+volatile sig_atomic_t interrupted;
+
+static void (*volatile interrupt_fn)(void);
+
+static void handle(int sig)
+{
+	void (*fn)(void) = interrupt_fn;
+
+	(void)sig;
+	interrupted = 1;
+	if (fn)
+		fn();
+}
+
+void on_interrupt(void (*fn)(void))
+{
+	interrupt_fn = fn;
+	/* A signal that came before would otherwise be lost. */
+	if (fn && interrupted)
+		fn();
+}
+
+void *shared_alloc(size_t size)
+{
+	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	return p == MAP_FAILED ? NULL : p;
+}
+
+static void worker(const struct supervised *job, pid_t front, const sigset_t *mask)
+{
+	struct sigaction sa = { .sa_handler = handle };	/* no SA_RESTART: calls are to return */
+
+	setpgid(0, 0);
+	sigaction(SIGINT, &sa, NULL);
+	sigaction(SIGTERM, &sa, NULL);
+	sigaction(SIGHUP, &sa, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	prctl(PR_SET_PDEATHSIG, SIGTERM);
+	if (getppid() != front)
+		interrupted = 1;
+	sigprocmask(SIG_SETMASK, mask, NULL);
+	exit(job->work(job->data));
+}
+
+static int wait_for(pid_t pid, const sigset_t *signals, int *status)
+{
+	pid_t got;
+	int sig;
+
+	for (;;) {
+		sig = sigwaitinfo(signals, NULL);
+		if (sig == SIGINT || sig == SIGTERM || sig == SIGHUP)
+			kill(pid, SIGTERM);
+		if (sig != SIGCHLD)
+			continue;
+		/* Only the worker: what it leaves behind is reaped by init when we end. */
+		got = waitpid(pid, status, WNOHANG);
+		if (got == pid)
+			return 0;
+		if (got < 0 && errno != EINTR)
+			return -errno;
+	}
+}
+
+int supervise(const struct supervised *job)
+{
+	sigset_t signals, old;
+	pid_t front = getpid(), pid;
+	int status, ret;
+
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGINT);
+	sigaddset(&signals, SIGTERM);
+	sigaddset(&signals, SIGHUP);
+	sigaddset(&signals, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &signals, &old);
+	/* A QEMU whose worker was killed becomes our child, so that its pid stays its own. */
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	fflush(NULL);
+	pid = fork();
+	if (pid < 0) {
+		fail(errno, "cannot start a process: %s", strerror(errno));
+		return print_failure(EXIT_FAILED);
+	}
+	if (!pid)
+		worker(job, front, &old);
+	ret = wait_for(pid, &signals, &status);
+	if (!ret && WIFEXITED(status))
+		return WEXITSTATUS(status);
+	return job->died(job->data);
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Messages, clocks, and the parsing of what a user types. */
+#include <arpa/inet.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <netinet/in.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "tool.h"
+
+static char message[1024];
+
+int fail(int err, const char *fmt, ...)
+{
+	va_list args;
+
+	if (!message[0]) {
+		va_start(args, fmt);
+		vsnprintf(message, sizeof(message), fmt, args);
+		va_end(args);
+	}
+	return -err;
+}
+
+const char *failure(void)
+{
+	return message;
+}
+
+void failure_clear(void)
+{
+	message[0] = '\0';
+}
+
+void say(const char *fmt, ...)
+{
+	va_list args;
+	char line[1200];
+
+	va_start(args, fmt);
+	vsnprintf(line, sizeof(line), fmt, args);
+	va_end(args);
+	/* One write, so that lines of the processes of one terminal do not mix. */
+	fprintf(stderr, "kmig: %s\n", line);
+}
+
+int64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+static bool all_digits(const char *text)
+{
+	return *text && strspn(text, "0123456789") == strlen(text);
+}
+
+int parse_size(const char *text, uint64_t *bytes)
+{
+	static const char units[] = "KMGTPE";
+	unsigned long long value;
+	unsigned int shift = 0;
+	const char *unit;
+	char *end;
+
+	errno = 0;
+	value = strtoull(text, &end, 10);
+	if (!isdigit((unsigned char)text[0]) || errno)
+		return fail(EINVAL, "'%s' is not a size: write a number and a unit, as in 512M or 4G", text);
+	if (*end) {
+		unit = strchr(units, toupper((unsigned char)*end));
+		if (unit) {
+			shift = 10 * (unsigned int)(unit - units + 1);
+			end++;
+			if (*end == 'i')
+				end++;
+		}
+		if (*end == 'B' || *end == 'b')
+			end++;
+		if (*end)
+			return fail(EINVAL, "'%s' is not a size: write a number and a unit, as in 512M or 4G",
+				    text);
+	}
+	if (value > UINT64_MAX >> shift)
+		return fail(EINVAL, "size '%s' is too large", text);
+	*bytes = (uint64_t)value << shift;
+	return 0;
+}
+
+int parse_number(const char *what, const char *text, uint64_t min, uint64_t max, uint64_t *value)
+{
+	unsigned long long v = 0;
+
+	errno = 0;
+	if (all_digits(text))
+		v = strtoull(text, NULL, 10);
+	else
+		errno = EINVAL;
+	if (errno || v < min || v > max)
+		return fail(EINVAL, "%s must be a number from %" PRIu64 " to %" PRIu64 ", not '%s'",
+			    what, min, max, text);
+	*value = v;
+	return 0;
+}
+
+/*
+ * HOST, HOST:PORT, :PORT, [IPV6], [IPV6]:PORT, or an IPv6 address alone, which is known by
+ * its several colons. An absent host is left empty, an absent port as it was.
+ */
+int parse_address(const char *text, char host[HOST_MAX], uint16_t *port)
+{
+	const char *end, *colon;
+	uint64_t number;
+	size_t length;
+
+	if (text[0] == '[') {
+		text++;
+		end = strchr(text, ']');
+		if (!end || (end[1] && end[1] != ':'))
+			return fail(EINVAL, "'[%s' is not an address: write [IPV6]:PORT", text);
+		colon = end[1] ? end + 1 : NULL;
+	} else {
+		colon = strchr(text, ':');
+		if (colon && strchr(colon + 1, ':'))
+			colon = NULL;
+		end = colon ? colon : text + strlen(text);
+	}
+	length = (size_t)(end - text);
+	if (length >= HOST_MAX)
+		return fail(EINVAL, "host name too long");
+	if (memchr(text, ' ', length) || memchr(text, '/', length))
+		return fail(EINVAL, "'%s' is not an address: write HOST or HOST:PORT", text);
+	if (colon) {
+		if (parse_number("port", colon + 1, 0, UINT16_MAX, &number))
+			return -EINVAL;
+		*port = (uint16_t)number;
+	}
+	memcpy(host, text, length);
+	host[length] = '\0';
+	return 0;
+}
+
+void format_address(const struct sockaddr_storage *address, char text[HOST_MAX])
+{
+	char host[INET6_ADDRSTRLEN] = "?";
+
+	if (address->ss_family == AF_INET6) {
+		const struct sockaddr_in6 *in6 = (const void *)address;
+
+		inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof(host));
+		snprintf(text, HOST_MAX, "[%s]:%u", host, ntohs(in6->sin6_port));
+	} else {
+		const struct sockaddr_in *in = (const void *)address;
+
+		inet_ntop(AF_INET, &in->sin_addr, host, sizeof(host));
+		snprintf(text, HOST_MAX, "%s:%u", host, ntohs(in->sin_port));
+	}
+}
+
+static int check_secret(const char *path, int fd)
+{
+	struct stat st;
+
+	if (fstat(fd, &st))
+		return fail(errno, "secret %s: %s", path, strerror(errno));
+	if (!S_ISREG(st.st_mode))
+		return fail(EINVAL, "secret %s is not a regular file", path);
+	if (st.st_mode & (S_IRWXG | S_IRWXO))
+		return fail(EPERM, "secret %s can be read by others: chmod 600 it", path);
+	return 0;
+}
+
+int read_secret(const char *path, char secret[SECRET_MAX], size_t *length)
+{
+	size_t have = 0;
+	ssize_t n;
+	int fd, ret;
+
+	/* O_NONBLOCK: a FIFO must be refused below, not waited for. */
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	if (fd < 0)
+		return fail(errno, "secret %s: %s", path, strerror(errno));
+	ret = check_secret(path, fd);
+	while (!ret && have < SECRET_MAX) {
+		n = read(fd, secret + have, SECRET_MAX - have);
+		if (n < 0 && errno != EINTR)
+			ret = fail(errno, "secret %s: %s", path, strerror(errno));
+		if (n == 0)
+			break;
+		if (n > 0)
+			have += (size_t)n;
+	}
+	close(fd);
+	if (ret)
+		return ret;
+	if (have == SECRET_MAX)
+		return fail(EINVAL, "secret %s is longer than %d bytes", path, SECRET_MAX - 1);
+	if (have && secret[have - 1] == '\n')
+		have--;
+	if (have < SECRET_MIN)
+		return fail(EINVAL, "secret %s is shorter than %d bytes: make one with "
+			    "'head -c 32 /dev/urandom | base64'", path, SECRET_MIN);
+	*length = have;
+	return 0;
+}
+
+void format_bytes(uint64_t bytes, char text[32])
+{
+	static const char *const units[] = { "B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
+	double value = (double)bytes;
+	unsigned int unit = 0;
+
+	while (value >= 1024 && unit < 6) {
+		value /= 1024;
+		unit++;
+	}
+	snprintf(text, 32, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
+}
