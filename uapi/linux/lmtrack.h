@@ -8,9 +8,9 @@
  *   stream   a sender that moves regions over connected channels, round by round
  *
  * Every argument structure begins with its own size and a flags word. The kernel accepts a
- * larger structure than it knows when the part it does not know is zero (E2BIG otherwise),
- * and a smaller one down to the size of the first published version (EINVAL below). Unknown
- * flags and non-zero reserved fields are EOPNOTSUPP and EINVAL.
+ * larger structure than it knows when the part it does not know is zero (E2BIG otherwise);
+ * a smaller one than the first published is EINVAL. Unknown flags are EOPNOTSUPP, reserved
+ * fields that are not zero EINVAL, unknown requests ENOTTY.
  *
  * Page numbers count units of the system's page size; a chunk is LMTRACK_CHUNK_PAGES pages.
  */
@@ -53,6 +53,7 @@ struct lmtrack_region_create {
 	__u32 reserved;
 	char name[LMTRACK_NAME_MAX];
 };
+
 #define LMTRACK_REGION_CREATE	_IO(LMTRACK_IOC_TYPE, 0x00)
 
 /**
@@ -68,6 +69,7 @@ struct lmtrack_stream_create {
 	__u32 flags;
 	__aligned_u64 stream_id;
 };
+
 #define LMTRACK_STREAM_CREATE	_IO(LMTRACK_IOC_TYPE, 0x01)
 
 #define LMTRACK_STREAM_NO_ZERO_DETECT	(1U << 0)
@@ -107,6 +109,7 @@ struct lmtrack_region_info {
 	__u32 reserved;
 	char name[LMTRACK_NAME_MAX];
 };
+
 #define LMTRACK_REGION_INFO	_IO(LMTRACK_IOC_TYPE, 0x10)
 
 /**
@@ -133,6 +136,7 @@ struct lmtrack_track_start {
 	__u32 flags;
 	__aligned_u64 pinned;
 };
+
 #define LMTRACK_TRACK_START	_IO(LMTRACK_IOC_TYPE, 0x11)
 
 #define LMTRACK_TRACK_ALLOW_PINNED	(1U << 0)
@@ -148,6 +152,7 @@ struct lmtrack_track_stop {
 	__u32 size;
 	__u32 flags;
 };
+
 #define LMTRACK_TRACK_STOP	_IO(LMTRACK_IOC_TYPE, 0x12)
 
 /**
@@ -176,6 +181,7 @@ struct lmtrack_dirty_get {
 	__aligned_u64 bitmap;
 	__aligned_u64 dirty;
 };
+
 #define LMTRACK_DIRTY_GET	_IO(LMTRACK_IOC_TYPE, 0x13)
 
 #define LMTRACK_DIRTY_CLEAR	(1U << 0)
@@ -209,6 +215,7 @@ struct lmtrack_region_stats {
 	__aligned_u64 repinned_pages;
 	__aligned_u64 mappers;
 };
+
 #define LMTRACK_REGION_STATS	_IO(LMTRACK_IOC_TYPE, 0x14)
 
 /**
@@ -229,6 +236,7 @@ struct lmtrack_stream_add_region {
 	__s32 fd;
 	__u32 index;
 };
+
 #define LMTRACK_STREAM_ADD_REGION	_IO(LMTRACK_IOC_TYPE, 0x20)
 
 /**
@@ -258,6 +266,7 @@ struct lmtrack_stream_add_channel {
 	__u32 cpumask_bytes;
 	__u32 channel;
 };
+
 #define LMTRACK_STREAM_ADD_CHANNEL	_IO(LMTRACK_IOC_TYPE, 0x21)
 
 /**
@@ -291,6 +300,7 @@ struct lmtrack_stream_send {
 	__u32 round;
 	__u32 what;
 };
+
 #define LMTRACK_STREAM_SEND	_IO(LMTRACK_IOC_TYPE, 0x22)
 
 /**
@@ -322,6 +332,7 @@ struct lmtrack_stream_wait {
 	__aligned_u64 zero_pages;
 	__aligned_u64 bytes;
 };
+
 #define LMTRACK_STREAM_WAIT	_IO(LMTRACK_IOC_TYPE, 0x23)
 
 /**
@@ -337,6 +348,7 @@ struct lmtrack_stream_cancel {
 	__u32 size;
 	__u32 flags;
 };
+
 #define LMTRACK_STREAM_CANCEL	_IO(LMTRACK_IOC_TYPE, 0x24)
 
 /**
@@ -370,6 +382,7 @@ struct lmtrack_channel_stats {
 	__aligned_u64 header_bytes;
 	__aligned_u64 blocked_ns;
 };
+
 #define LMTRACK_CHANNEL_STATS	_IO(LMTRACK_IOC_TYPE, 0x25)
 
 #endif /* _UAPI_LINUX_LMTRACK_H */

@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * lmtrack: what its files share. Each file's own locking rules and lifetimes stand at its top.
+ *
+ * Lock order, outermost first:
+ *
+ *   stream->lock
+ *     region->flip_lock		one change between idle and tracked at a time
+ *       mmap_lock			of any process that maps the region
+ *         region->mms_lock		the list of those processes
+ *     region->harvest_lock		one chunk at a time is harvested; state and tracker
+ *       folio locks, ascending
+ *         i_mmap_rwsem, page table locks (taken by the mapping helpers)
+ *         i_pages lock, region->chunks lock
+ *
+ * flip_lock may wait for a process's mmap_lock for as long as that process likes, so it is
+ * only taken killably, or by a worker nobody waits for. harvest_lock is held for one chunk's
+ * work or less and never across a copy to user space.
+ */
+#ifndef LMTRACK_H
+#define LMTRACK_H
+
+#include <linux/bitmap.h>
+#include <linux/fs.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/spinlock.h>
+#include <linux/workqueue.h>
+#include <linux/xarray.h>
+#include <linux/lmtrack.h>
+#include <linux/lmtrack_wire.h>
+
+struct bio_vec;
+struct folio;
+struct mm_struct;
+struct vm_area_struct;
+
+/* ---- Requests (main.c) ---- */
+
+/**
+ * struct lmtrack_request - one ioctl: its argument's shape and who serves it
+ * @cmd:	number
+ * @size:	of the argument as this module knows it, which is as it was first published
+ * @flags:	those it may carry
+ * @out:	the argument goes back to the caller, also when the request failed
+ * @serve:	gets the argument in kernel memory; what the caller did not give is zero
+ */
+struct lmtrack_request {
+	unsigned int cmd;
+	u32 size;
+	u32 flags;
+	bool out;
+	long (*serve)(struct file *file, void *arg);
+};
+
+#define LMTRACK_REQUEST(_cmd, _type, _flags, _out, _serve)			\
+	{									\
+		.cmd = (_cmd), .size = sizeof(struct _type),			\
+		.flags = (_flags), .out = (_out), .serve = (_serve),		\
+	}
+
+long lmtrack_serve(struct file *file, const struct lmtrack_request *table, size_t entries,
+		   unsigned int cmd, unsigned long uarg);
+
+/* ---- Regions (region.c) ---- */
+
+/**
+ * struct lmtrack_chunk - LMTRACK_CHUNK_PAGES pages and their dirty bits
+ * @dirty:	set under the folio's lock before its page table entry becomes writable; cleared
+ *		only by a harvest that holds the same lock, or that holds the i_pages lock and
+ *		sees that the page does not exist
+ * @queued:	has LMTRACK_CHUNK_QUEUED in the tree; written under the tree's lock
+ * @armed:	its resident pages have been put into @dirty since tracking started. Until
+ *		then every one of them counts as dirty. Under harvest_lock
+ *
+ * Made when the first page of the chunk is, lives as long as the region.
+ */
+struct lmtrack_chunk {
+	unsigned long dirty[BITS_TO_LONGS(LMTRACK_CHUNK_PAGES)];
+	bool queued;
+	bool armed;
+};
+
+/* Mark in region->chunks: not armed, or has dirty bits. The next harvest must look at it. */
+#define LMTRACK_CHUNK_QUEUED	XA_MARK_0
+
+struct lmtrack_region_counters {
+	u64 write_faults;
+	u64 dirtied;
+};
+
+/**
+ * struct lmtrack_region - guest memory
+ * @inode:	the file; owns this structure
+ * @id:		unique since the module was loaded
+ * @pages:	length
+ * @node:	NUMA node or NUMA_NO_NODE
+ * @name:	as given
+ * @chunks:	struct lmtrack_chunk by chunk number
+ * @chunk_count: entries in @chunks
+ * @counters:	per CPU
+ * @flip_lock:	one flip at a time
+ * @mms_lock:	guards @mms, @tracking and @flip_seq
+ * @mms:	struct lmtrack_mm: every process that maps the region
+ * @tracking:	which operations a mapping shall have
+ * @flip_seq:	grows whenever @tracking changes
+ * @maybe_pinned: a process that maps or mapped the region has pinned memory at some time
+ * @flip_work:	brings the mappings in line when the one who tracked is gone
+ * @harvest_lock: guards @state, @tracker, @senders, chunk->armed and every harvest
+ * @state:	enum lmtrack_region_state; read without the lock by faults
+ * @tracker:	the open file that started tracking; compared, never dereferenced
+ * @senders:	streams that are sending a round of this region
+ * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
+ * @harvested:	pages cleared
+ * @repinned:	pages left dirty because they were pinned
+ */
+struct lmtrack_region {
+	struct inode *inode;
+	u64 id;
+	u64 pages;
+	int node;
+	char name[LMTRACK_NAME_MAX];
+
+	struct xarray chunks;
+	atomic_long_t chunk_count;
+	struct lmtrack_region_counters __percpu *counters;
+
+	struct mutex flip_lock;		/* one flip at a time */
+	spinlock_t mms_lock;		/* mms, tracking, flip_seq */
+	struct list_head mms;
+	bool tracking;
+	u32 flip_seq;
+	bool maybe_pinned;
+	struct work_struct flip_work;
+
+	struct mutex harvest_lock;	/* state, tracker, senders, harvests */
+	u32 state;
+	const struct file *tracker;
+	unsigned int senders;
+	u64 harvests;
+	u64 harvested;
+	u64 repinned;
+};
+
+long lmtrack_region_create(struct file *file, void *arg);
+struct lmtrack_region *lmtrack_region_of(struct file *file);
+int lmtrack_region_fs_pin(void);
+void lmtrack_region_fs_unpin(void);
+struct lmtrack_chunk *lmtrack_chunk_get(struct lmtrack_region *region, unsigned long index);
+extern const struct vm_operations_struct lmtrack_vm_ops_idle;
+extern const struct vm_operations_struct lmtrack_vm_ops_tracked;
+
+/* ---- Tracking (track.c) ---- */
+
+int lmtrack_track_init(void);
+void lmtrack_track_exit(void);
+void lmtrack_track_flip_work(struct work_struct *work);
+
+int lmtrack_mm_add(struct lmtrack_region *region, struct vm_area_struct *vma, gfp_t gfp);
+void lmtrack_mm_del(struct lmtrack_region *region, struct vm_area_struct *vma);
+u64 lmtrack_mm_count(struct lmtrack_region *region);
+
+void lmtrack_mark_dirty(struct lmtrack_region *region, pgoff_t index);
+void lmtrack_mark_punched(struct lmtrack_region *region, pgoff_t first, pgoff_t last);
+void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
+			 unsigned long index);
+
+long lmtrack_track_start(struct file *file, void *arg);
+long lmtrack_track_stop(struct file *file, void *arg);
+long lmtrack_dirty_get(struct file *file, void *arg);
+void lmtrack_track_release(struct lmtrack_region *region, const struct file *file);
+
+/* What a sender needs: hold the tracked state, then chunk by chunk. */
+int lmtrack_sender_begin(struct lmtrack_region *region, const struct file *file);
+void lmtrack_sender_end(struct lmtrack_region *region);
+bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, bool all);
+int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool all,
+		       unsigned long *taken, struct folio **folios);
+
+/* ---- Streams (stream.c) and their transports ---- */
+
+struct lmtrack_stream;
+
+/**
+ * struct lmtrack_channel - one connection of a stream and the thread that feeds it
+ * @stream:	owner
+ * @number:	in the frames
+ * @transport:	how it sends
+ * @priv:	the transport's own
+ * @task:	the thread
+ * @seq:	frames sent; the thread's own
+ * @round_done:	last round this channel has ended; the thread's own
+ * @head:	frame header and extent table under construction
+ * @folios:	pages of the chunk being sent
+ * @bvec:	their bytes
+ * @stats:	written by the thread only
+ */
+struct lmtrack_channel {
+	struct lmtrack_stream *stream;
+	u32 number;
+	const struct lmtrack_transport *transport;
+	void *priv;
+	struct task_struct *task;
+	u64 seq;
+	u32 round_done;
+	void *head;
+	struct folio **folios;
+	struct bio_vec *bvec;
+	struct lmtrack_channel_stats stats;
+};
+
+/**
+ * struct lmtrack_transport - what carries frames
+ * @attach:	take the descriptor the caller gave; sets channel->priv, which is the same for
+ *		the same connection
+ * @send:	send @head, then the pages; returns when the connection took all, or an error
+ *		after which the channel is of no more use. @more: another frame follows at once
+ * @shutdown:	make a @send that waits fail now, and every later one. Any context that may sleep
+ * @detach:	release what attach took; no @send runs or will
+ */
+struct lmtrack_transport {
+	int (*attach)(struct lmtrack_channel *channel, int fd);
+	int (*send)(struct lmtrack_channel *channel, void *head, size_t head_bytes,
+		    struct bio_vec *bvec, unsigned int pages, bool more);
+	void (*shutdown)(struct lmtrack_channel *channel);
+	void (*detach)(struct lmtrack_channel *channel);
+};
+
+extern const struct lmtrack_transport lmtrack_tcp;
+
+long lmtrack_stream_create(struct file *file, void *arg);
+
+#endif /* LMTRACK_H */

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * lmtrack: frames over a TCP connection that the caller made.
+ *
+ * Headers are copied into the socket, pages are handed to it by reference: the network holds
+ * its own references until the peer has acknowledged the bytes, and nobody needs to be told. A
+ * page that is written meanwhile may arrive half old and half new; it is dirty again and
+ * follows in a later round on the same connection.
+ *
+ * channel->priv is the socket, held with a reference to its file from attach to detach. The
+ * channel's thread is the only sender. A sender that waits for room in the socket holds no
+ * lock and is woken by the shutdown of the connection.
+ */
+#include <linux/bvec.h>
+#include <linux/ktime.h>
+#include <linux/net.h>
+#include <linux/socket.h>
+#include <linux/uio.h>
+#include <net/inet_connection_sock.h>
+#include <net/sock.h>
+#include <net/tcp_states.h>
+
+#include "lmtrack.h"
+
+static int tcp_attach(struct lmtrack_channel *channel, int fd)
+{
+	struct socket *sock;
+	int ret;
+
+	sock = sockfd_lookup(fd, &ret);
+	if (!sock)
+		return ret;
+	if ((sock->sk->sk_family != AF_INET && sock->sk->sk_family != AF_INET6) ||
+	    sock->type != SOCK_STREAM || sock->sk->sk_protocol != IPPROTO_TCP)
+		ret = -EPROTOTYPE;
+	else if (sock->ops->shutdown == sock_no_shutdown)
+		ret = -EPROTOTYPE;
+	else if (READ_ONCE(sock->sk->sk_state) != TCP_ESTABLISHED)
+		ret = -ENOTCONN;
+	else
+		ret = 0;
+	if (ret)
+		sockfd_put(sock);
+	else
+		channel->priv = sock;
+	return ret;
+}
+
+/* Send all that the message has; a socket with a send timeout may take it in pieces. */
+static int tcp_send_message(struct socket *sock, struct msghdr *msg)
+{
+	int ret;
+
+	while (msg_data_left(msg)) {
+		ret = sock_sendmsg(sock, msg);
+		if (ret <= 0)
+			return ret ?: -EPIPE;
+	}
+	return 0;
+}
+
+static int tcp_send_head(struct socket *sock, void *head, size_t bytes, int flags)
+{
+	struct kvec vec = { .iov_base = head, .iov_len = bytes };
+	struct msghdr msg = { .msg_flags = flags };
+
+	iov_iter_kvec(&msg.msg_iter, ITER_SOURCE, &vec, 1, bytes);
+	return tcp_send_message(sock, &msg);
+}
+
+static int tcp_send_bvec(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
+			 int flags)
+{
+	struct msghdr msg = { .msg_flags = flags };
+
+	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, bvec, pages, (size_t)pages << PAGE_SHIFT);
+	return tcp_send_message(sock, &msg);
+}
+
+/* 6.5 replaced kernel_sendpage() by a flag of sendmsg(). */
+#ifdef LMTRACK_HAVE_SENDPAGE
+static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
+			  int flags)
+{
+	unsigned int i;
+
+	for (i = 0; i < pages; i++) {
+		int more = i + 1 < pages ? MSG_MORE | MSG_SENDPAGE_NOTLAST : 0;
+		size_t sent = 0;
+		int ret;
+
+		while (sent < PAGE_SIZE) {
+			ret = kernel_sendpage(sock, bvec[i].bv_page, sent, PAGE_SIZE - sent,
+					      flags | more);
+			if (ret <= 0)
+				return ret ?: -EPIPE;
+			sent += ret;
+		}
+	}
+	return 0;
+}
+#else
+static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
+			  int flags)
+{
+	return tcp_send_bvec(sock, bvec, pages, flags | MSG_SPLICE_PAGES);
+}
+#endif
+
+static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_bytes,
+		    struct bio_vec *bvec, unsigned int pages, bool more)
+{
+	struct socket *sock = channel->priv;
+	/* Something above TCP (TLS) copies anyway, and must not be handed pages. */
+	bool plain = !inet_csk(sock->sk)->icsk_ulp_ops;
+	/* Without scatter-gather TCP copies by itself, and does not say so. */
+	bool zerocopy = plain && (sock->sk->sk_route_caps & NETIF_F_SG);
+	size_t bytes = (size_t)pages << PAGE_SHIFT;
+	int flags = MSG_NOSIGNAL | (more ? MSG_MORE : 0);
+	ktime_t begin = ktime_get();
+	int ret;
+
+	ret = tcp_send_head(sock, head, head_bytes, flags | (pages ? MSG_MORE : 0));
+	if (!ret && pages)
+		ret = plain ? tcp_send_pages(sock, bvec, pages, flags) :
+			      tcp_send_bvec(sock, bvec, pages, flags);
+	channel->stats.blocked_ns += ktime_to_ns(ktime_sub(ktime_get(), begin));
+	if (ret)
+		return ret;
+	channel->stats.header_bytes += head_bytes;
+	if (zerocopy)
+		channel->stats.zerocopy_bytes += bytes;
+	else
+		channel->stats.copied_bytes += bytes;
+	return 0;
+}
+
+static void tcp_shutdown_channel(struct lmtrack_channel *channel)
+{
+	kernel_sock_shutdown(channel->priv, SHUT_RDWR);
+}
+
+static void tcp_detach(struct lmtrack_channel *channel)
+{
+	struct socket *sock = channel->priv;
+
+	sockfd_put(sock);
+}
+
+const struct lmtrack_transport lmtrack_tcp = {
+	.attach = tcp_attach,
+	.send = tcp_send,
+	.shutdown = tcp_shutdown_channel,
+	.detach = tcp_detach,
+};
