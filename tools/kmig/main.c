@@ -119,12 +119,6 @@ static int run_object(const struct object *o, int argc, char **argv)
 	return help_object(stderr, o);
 }
 
-int print_failure(int code)
-{
-	say("%s", *failure() ? failure() : "failed");
-	return code;
-}
-
 static void log_line(enum kmig_log_level level, const char *text, void *data)
 {
 	const bool *verbose = data;

@@ -32,6 +32,8 @@ const char *failure(void);	/* "" when nothing failed */
 void failure_clear(void);
 void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...);	/* a line on stderr */
 
+int print_failure(int code);	/* says it and returns @code */
+
 int64_t now_ms(void);
 
 int parse_size(const char *text, uint64_t *bytes);
@@ -190,7 +192,6 @@ int usage_error(const struct verb *verb, const char *fmt, ...) __attribute__((fo
 int usage_bad(const struct verb *verb);
 int usage_help(const struct verb *verb);
 int open_context(struct kmig_ctx **ctx, bool verbose);
-int print_failure(int code);
 
 extern const struct verb region_list_verb, region_show_verb;
 extern const struct verb run_verb, migrate_verb, receive_verb, version_verb;

@@ -52,6 +52,12 @@ void say(const char *fmt, ...)
 	fprintf(stderr, "kmig: %s\n", line);
 }
 
+int print_failure(int code)
+{
+	say("%s", *message ? message : "failed");
+	return code;
+}
+
 int64_t now_ms(void)
 {
 	struct timespec ts;
