@@ -25,6 +25,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 #define KMIG_VERSION_MAJOR 0
 #define KMIG_VERSION_MINOR 1
@@ -302,6 +303,7 @@ void kmig_destination_abort(struct kmig_destination *destination);
 int kmig_destination_report(struct kmig_destination *destination, struct kmig_report *report);
 void kmig_destination_free(struct kmig_destination *destination);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

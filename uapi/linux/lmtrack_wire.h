@@ -83,4 +83,232 @@ struct lmtrack_wire_extent {
 	__le32 reserved;
 };
 
+/**
+ * struct lmtrack_wire_channel - payload of LMTRACK_FRAME_CHANNEL
+ * @mac:	HMAC-SHA256 under the session key over the text "lmtrack channel", the stream's id
+ *		(8 bytes) and the channel's number (4 bytes)
+ */
+struct lmtrack_wire_channel {
+	__u8 mac[32];
+};
+
+/*
+ * The control connection. The source speaks first:
+ *
+ *	source				destination
+ *	HELLO				HELLO
+ *	PROOF				PROOF
+ *	CAPACITY			CAPACITY_OK
+ *	REGIONS				DEVICES_READY
+ *	(data channels connect)		CHANNELS_READY
+ *	DIGESTS ...			UNVERIFIED ..., ROUND_ACK (each round), COMPARED
+ *	PAUSED, STATE ..., DIGESTS ...
+ *	PREPARE				NEED (then DIGESTS and PREPARE again) or READY
+ *	COMMIT				RUNNING
+ *	DONE
+ *
+ * Either side sends KEEPALIVE while it has nothing else to say, and ABORT at any time before
+ * COMMIT. Until both proofs are given, only HELLO, PROOF and the ABORT of a version that is not
+ * spoken are sent or read.
+ */
+#define LMTRACK_WIRE_MESSAGE_MAGIC	0x43544d4c	/* "LMTC" */
+#define LMTRACK_WIRE_BODY_MAX		(256 << 10)	/* longest body of any message */
+#define LMTRACK_WIRE_STATE_MAX		(1 << 30)	/* longest device state, all pieces */
+
+enum lmtrack_wire_message_type {
+	LMTRACK_MSG_HELLO = 1,
+	LMTRACK_MSG_PROOF = 2,
+	LMTRACK_MSG_CAPACITY = 3,
+	LMTRACK_MSG_CAPACITY_OK = 4,
+	LMTRACK_MSG_REGIONS = 5,
+	LMTRACK_MSG_DEVICES_READY = 6,
+	LMTRACK_MSG_CHANNELS_READY = 7,
+	LMTRACK_MSG_ROUND_ACK = 8,
+	LMTRACK_MSG_UNVERIFIED = 9,
+	LMTRACK_MSG_DIGESTS = 10,
+	LMTRACK_MSG_COMPARED = 11,
+	LMTRACK_MSG_PAUSED = 12,
+	LMTRACK_MSG_STATE = 13,
+	LMTRACK_MSG_PREPARE = 14,
+	LMTRACK_MSG_NEED = 15,
+	LMTRACK_MSG_READY = 16,
+	LMTRACK_MSG_COMMIT = 17,
+	LMTRACK_MSG_RUNNING = 18,
+	LMTRACK_MSG_DONE = 19,
+	LMTRACK_MSG_ABORT = 20,
+	LMTRACK_MSG_KEEPALIVE = 21,
+};
+
+/**
+ * struct lmtrack_wire_message - header of a control message
+ * @magic:	LMTRACK_WIRE_MESSAGE_MAGIC
+ * @version:	LMTRACK_WIRE_VERSION; these two stay where they are in every version
+ * @type:	enum lmtrack_wire_message_type
+ * @crc:	CRC32C of this header, with this field and @mac zero, and the body
+ * @length:	bytes of the body, LMTRACK_WIRE_BODY_MAX at most
+ * @mac:	zero until the proofs are given. After them, the first 16 bytes of HMAC-SHA256
+ *		under the sender's key over: the number of messages this side has sent since the
+ *		proofs (8 bytes), this header with this field zero, and the body; the body of
+ *		STATE is left out, bulk is covered by checksum alone, as guest memory is
+ */
+struct lmtrack_wire_message {
+	__le32 magic;
+	__le16 version;
+	__le16 type;
+	__le32 crc;
+	__le32 length;
+	__u8 mac[16];
+};
+
+/**
+ * struct lmtrack_wire_hello - HELLO
+ * @features:	bits both sides must understand; none yet
+ * @page_size:	bytes
+ * @chunk_pages: LMTRACK_CHUNK_PAGES
+ * @nonce:	random
+ * @reserved:	zero
+ */
+struct lmtrack_wire_hello {
+	__le64 features;
+	__le32 page_size;
+	__le32 chunk_pages;
+	__u8 nonce[32];
+	__le64 reserved[2];
+};
+
+/**
+ * struct lmtrack_wire_proof - PROOF
+ * @mac:	HMAC-SHA256 under the shared secret over a text, a NUL, both HELLO messages with
+ *		their headers, the source's first. The text is "lmtrack source" or "lmtrack
+ *		destination"; with "lmtrack session" the result is the session key
+ *
+ * HMAC-SHA256 under the session key over "lmtrack source" and "lmtrack destination" gives the
+ * keys with which each side's later messages are sealed. A destination that cannot verify a
+ * proof closes the connection without a word.
+ */
+struct lmtrack_wire_proof {
+	__u8 mac[32];
+};
+
+/**
+ * struct lmtrack_wire_capacity - CAPACITY
+ * @bytes:	size of all regions
+ * @resident:	of them, bytes that exist now
+ */
+struct lmtrack_wire_capacity {
+	__le64 bytes;
+	__le64 resident;
+};
+
+/**
+ * struct lmtrack_wire_regions - REGIONS
+ * @stream:	stream id that the frames carry
+ * @count:	regions, 1 to LMTRACK_REGIONS_MAX
+ * @channels:	data channels, 1 to LMTRACK_CHANNELS_MAX
+ * @bytes:	size of each region; their sum is the one CAPACITY named
+ */
+struct lmtrack_wire_regions {
+	__le64 stream;
+	__le32 count;
+	__le32 channels;
+	__le64 bytes[];
+};
+
+/**
+ * struct lmtrack_wire_round_ack - ROUND_ACK: the round is stored, ROUND_END of every channel included
+ * @round:	the round
+ * @reserved:	zero
+ * @pages:	pages stored in it
+ */
+struct lmtrack_wire_round_ack {
+	__le32 round;
+	__le32 reserved;
+	__le64 pages;
+};
+
+/**
+ * struct lmtrack_wire_unverified - UNVERIFIED: chunks that lack a digest; what the ROUND_ACK or
+ * NEED that follows speaks of
+ * @region:	the region's index
+ * @words:	words in @bitmap
+ * @first:	first chunk, a multiple of 64
+ * @bitmap:	bit n % 64 of word n / 64 is chunk @first + n
+ */
+struct lmtrack_wire_unverified {
+	__le32 region;
+	__le32 words;
+	__le64 first;
+	__le64 bitmap[];
+};
+
+/**
+ * struct lmtrack_wire_digest - one entry of DIGESTS, whose body is an array of them
+ * @region:	the region's index
+ * @round:	every page that was dirty in this round or before it is in the digest. The digest
+ *		is void once a later round stores into the chunk
+ * @chunk:	the chunk's number in the region
+ * @digest:	XXH64, seed 0, of the chunk's bytes; holes read as zero; the last chunk of a
+ *		region may be short
+ */
+struct lmtrack_wire_digest {
+	__le32 region;
+	__le32 round;
+	__le64 chunk;
+	__le64 digest;
+};
+
+/**
+ * struct lmtrack_wire_compared - COMPARED: nothing is left to be compared
+ * @digests:	entries of DIGESTS received so far
+ */
+struct lmtrack_wire_compared {
+	__le64 digests;
+};
+
+/**
+ * struct lmtrack_wire_state - STATE: a piece of the device state
+ * @total:	bytes of the whole
+ * @offset:	where this piece belongs; pieces come in order
+ * @bytes:	the piece
+ */
+struct lmtrack_wire_state {
+	__le64 total;
+	__le64 offset;
+	__u8 bytes[];
+};
+
+/**
+ * struct lmtrack_wire_prepare - PREPARE: everything has been sent
+ * @round:	the last round
+ * @reserved:	zero
+ */
+struct lmtrack_wire_prepare {
+	__le32 round;
+	__le32 reserved;
+};
+
+/**
+ * struct lmtrack_wire_ready - READY: memory is equal, device state is loaded
+ * @compared:	chunks whose digests agreed
+ */
+struct lmtrack_wire_ready {
+	__le64 compared;
+};
+
+/**
+ * struct lmtrack_wire_abort - ABORT
+ * @error:	positive errno
+ * @flags:	LMTRACK_ABORT_NOT_RUN
+ * @text:	what happened, for people; no NUL at the end
+ */
+struct lmtrack_wire_abort {
+	__le32 error;
+	__le32 flags;
+	__u8 text[];
+};
+
+/* From a destination: it has not run the guest and never will; the source may, even after COMMIT. */
+#define LMTRACK_ABORT_NOT_RUN	(1U << 0)
+#define LMTRACK_ABORT_TEXT_MAX	256
+
 #endif /* _UAPI_LINUX_LMTRACK_WIRE_H */

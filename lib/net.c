@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+/* Sockets: every wait has a deadline and ends when the abort descriptor is readable. */
+#include "net.h"
+#include "private.h"
+
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+
+#define LISTEN_BACKLOG 128
+
+int kmig_net_wait(int fd, short events, uint64_t deadline_ns, int abort_fd)
+{
+	for (;;) {
+		struct pollfd fds[2] = {
+			{ .fd = fd, .events = events },
+			{ .fd = abort_fd, .events = POLLIN },
+		};
+		uint64_t now = kmig_now_ns();
+		int n;
+
+		if (now >= deadline_ns)
+			return -ETIMEDOUT;
+		n = poll(fds, 2, (int)((deadline_ns - now) / 1000000) + 1);
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		if (n > 0 && fds[1].revents)
+			return -ECANCELED;
+		if (n > 0)
+			return 0;
+	}
+}
+
+int kmig_net_set_blocking(int fd, int blocking)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0)
+		return -errno;
+	flags = blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK;
+	return fcntl(fd, F_SETFL, flags) < 0 ? -errno : 0;
+}
+
+void kmig_net_tune(int fd, uint32_t timeout_ms)
+{
+	int one = 1;
+	unsigned int timeout = timeout_ms;
+
+	/* Both are improvements, not conditions: a socket that refuses them still works. */
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
+}
+
+static int connect_one(const struct addrinfo *address, uint64_t deadline_ns, int abort_fd)
+{
+	int fd = socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int err = 0;
+	socklen_t length = sizeof(err);
+
+	if (fd < 0)
+		return -errno;
+	if (connect(fd, address->ai_addr, address->ai_addrlen) < 0) {
+		err = -errno;
+		if (err == -EINPROGRESS)
+			err = kmig_net_wait(fd, POLLOUT, deadline_ns, abort_fd);
+		if (!err) {
+			getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &length);
+			err = -err;
+		}
+	}
+	if (err) {
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+static int resolve(struct kmig_ctx *ctx, const char *host, uint16_t port, int flags, struct addrinfo **list)
+{
+	struct addrinfo hints = { .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = flags };
+	char service[8];
+	int err;
+
+	snprintf(service, sizeof(service), "%u", port);
+	err = getaddrinfo(host, service, &hints, list);
+	if (err)
+		return kmig_fail(ctx, -EHOSTUNREACH, "%s: %s", host, gai_strerror(err));
+	return 0;
+}
+
+int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint32_t timeout_ms, int abort_fd)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(timeout_ms);
+	struct addrinfo *list;
+	int fd;
+
+	fd = resolve(ctx, host, port, AI_ADDRCONFIG, &list);
+	if (fd)
+		return fd;
+	fd = -EHOSTUNREACH;
+	for (struct addrinfo *one = list; one && fd < 0 && fd != -ECANCELED; one = one->ai_next)
+		fd = connect_one(one, deadline, abort_fd);
+	freeaddrinfo(list);
+	if (fd == -ECANCELED)
+		return kmig_fail(ctx, fd, "aborted");
+	if (fd < 0)
+		return kmig_fail(ctx, fd, "connecting to %s port %u: %s; is 'kmig receive' running there, and reachable?",
+				 host, port, strerror(-fd));
+	kmig_net_tune(fd, timeout_ms);
+	return fd;
+}
+
+int kmig_net_listen(struct kmig_ctx *ctx, const char *host, uint16_t port)
+{
+	struct addrinfo *list;
+	int one = 1;
+	int fd, err;
+
+	err = resolve(ctx, host, port, AI_PASSIVE, &list);
+	if (err)
+		return err;
+	fd = socket(list->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)) < 0 ||
+	    bind(fd, list->ai_addr, list->ai_addrlen) < 0 || listen(fd, LISTEN_BACKLOG) < 0) {
+		err = kmig_fail(ctx, -errno, "listening on %s port %u: %s", host, port, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		fd = err;
+	}
+	freeaddrinfo(list);
+	return fd;
+}
+
+int kmig_net_send(int fd, const void *data, size_t length, uint64_t deadline_ns, int abort_fd)
+{
+	const uint8_t *at = data;
+
+	while (length) {
+		ssize_t n = send(fd, at, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+		if (n >= 0) {
+			at += n;
+			length -= n;
+		} else if (errno == EAGAIN) {
+			int err = kmig_net_wait(fd, POLLOUT, deadline_ns, abort_fd);
+
+			if (err)
+				return err;
+		} else if (errno != EINTR) {
+			return -errno;
+		}
+	}
+	return 0;
+}
+
+int kmig_net_recv(int fd, void *data, size_t length, uint64_t deadline_ns, int abort_fd)
+{
+	uint8_t *at = data;
+
+	while (length) {
+		ssize_t n = recv(fd, at, length, MSG_DONTWAIT);
+
+		if (n > 0) {
+			at += n;
+			length -= n;
+		} else if (!n) {
+			return -ECONNRESET;
+		} else if (errno == EAGAIN) {
+			int err = kmig_net_wait(fd, POLLIN, deadline_ns, abort_fd);
+
+			if (err)
+				return err;
+		} else if (errno != EINTR) {
+			return -errno;
+		}
+	}
+	return 0;
+}

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Sockets: every wait has a deadline and ends when the abort descriptor is readable. */
+#ifndef KMIG_NET_H
+#define KMIG_NET_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <kmig.h>
+
+/*
+ * Wait for @events on @fd: 0, -ETIMEDOUT after @deadline_ns, -ECANCELED when @abort_fd (-1:
+ * none) is readable.
+ */
+int kmig_net_wait(int fd, short events, uint64_t deadline_ns, int abort_fd);
+
+/* Returns a connected, non-blocking socket. */
+int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint32_t timeout_ms, int abort_fd);
+int kmig_net_listen(struct kmig_ctx *ctx, const char *host, uint16_t port);
+
+int kmig_net_send(int fd, const void *data, size_t length, uint64_t deadline_ns, int abort_fd);
+int kmig_net_recv(int fd, void *data, size_t length, uint64_t deadline_ns, int abort_fd);
+
+/* No Nagle; a peer that acknowledges nothing for @timeout_ms ends the connection. */
+void kmig_net_tune(int fd, uint32_t timeout_ms);
+int kmig_net_set_blocking(int fd, int blocking);
+
+#endif /* KMIG_NET_H */

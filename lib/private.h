@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What libkmig's files share. Nothing here is exported. */
+#ifndef KMIG_PRIVATE_H
+#define KMIG_PRIVATE_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/lmtrack.h>
+
+#include <kmig.h>
+
+#define KMIG_ERROR_MAX 512
+
+/*
+ * Engines run threads of their own that log and fail, so the message and the log callback are
+ * under @lock. kmig_ctx_error() hands out @error itself: it is read when no engine runs.
+ */
+struct kmig_ctx {
+	pthread_mutex_t lock;
+	kmig_log_fn log;
+	void *log_data;
+	char error[KMIG_ERROR_MAX];
+};
+
+void kmig_log(struct kmig_ctx *ctx, enum kmig_log_level level, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* Record the message of a failure, log it, and return @err (negative). */
+int kmig_fail(struct kmig_ctx *ctx, int err, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+int kmig_vfail(struct kmig_ctx *ctx, int err, const char *fmt, va_list args);
+
+/*
+ * Copy an option structure that begins with its size. What the caller's does not have keeps
+ * the default that @to holds; what it has beyond ours must be zero.
+ */
+int kmig_copy_sized(struct kmig_ctx *ctx, void *to, size_t known, size_t least, const void *from,
+		    const char *what);
+
+/* Fill a structure of the caller's that begins with its size, as far as it reaches. */
+int kmig_fill_sized(struct kmig_ctx *ctx, void *to, const void *from, size_t known, const char *what);
+
+/* Put a message back that later, lesser failures have replaced. */
+void kmig_restore_error(struct kmig_ctx *ctx, const char text[KMIG_ERROR_MAX]);
+
+/* A thread that takes no signals: they are the program's, for its own threads. */
+int kmig_thread_start(pthread_t *thread, void *(*run)(void *), void *data);
+
+static inline uint64_t kmig_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static inline uint64_t kmig_ms(uint64_t ms)
+{
+	return ms * 1000000;
+}
+
+/* ---- Region and stream, as the engines see them ---- */
+
+struct kmig_region {
+	struct kmig_ctx *ctx;
+	int fd;
+	enum kmig_region_kind kind;
+	uint64_t bytes;
+	uint32_t page_size;
+	void *map;
+	bool tracked;
+	char name[LMTRACK_NAME_MAX];
+};
+
+uint64_t kmig_region_resident(struct kmig_region *region);
+/* Punch a range out: it reads as zero and costs nothing. */
+int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
+
+static inline uint64_t kmig_region_pages(const struct kmig_region *region)
+{
+	return region->bytes / region->page_size;
+}
+
+static inline uint64_t kmig_chunk_bytes(const struct kmig_region *region)
+{
+	return (uint64_t)LMTRACK_CHUNK_PAGES * region->page_size;
+}
+
+static inline uint64_t kmig_region_chunks(const struct kmig_region *region)
+{
+	return (region->bytes + kmig_chunk_bytes(region) - 1) / kmig_chunk_bytes(region);
+}
+
+/* ---- Bitmaps of 64-bit words ---- */
+
+static inline uint64_t kmig_words(uint64_t bits)
+{
+	return (bits + 63) / 64;
+}
+
+static inline bool kmig_bit(const uint64_t *map, uint64_t bit)
+{
+	return map[bit / 64] >> (bit % 64) & 1;
+}
+
+static inline void kmig_bit_set(uint64_t *map, uint64_t bit)
+{
+	map[bit / 64] |= 1ULL << (bit % 64);
+}
+
+static inline void kmig_bit_clear(uint64_t *map, uint64_t bit)
+{
+	map[bit / 64] &= ~(1ULL << (bit % 64));
+}
+
+/* The first set bit at or after @bit, or @bits. */
+uint64_t kmig_bit_next(const uint64_t *map, uint64_t bits, uint64_t bit);
+
+/* What this machine can still give: MemAvailable, and the limits of this process's cgroups. */
+uint64_t kmig_memory_available(void);
+
+#endif /* KMIG_PRIVATE_H */

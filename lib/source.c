@@ -1,0 +1,943 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+/*
+ * The source engine. It reads top-down at the end of the file: kmig_source_run() goes through
+ * the ten states on the caller's thread; the kernel's stream sends memory, digests and signs
+ * of life have threads of their own.
+ *
+ * Who may run the guest: until COMMIT has been handed to the network whole, we. From then on
+ * the destination, unless it tells us that it has not run it and never will.
+ */
+#include "control.h"
+#include "net.h"
+#include "report.h"
+#include "source_digest.h"
+
+#include <openssl/rand.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+
+#define TICK_MS 100
+#define LAST_WORDS_MS 1000	/* a peer that fails says why within this, if it can */
+#define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
+#define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
+#define RATE_BYTES_MIN (1u << 20)	/* a round below this says little about the wire */
+
+struct kmig_source {
+	struct kmig_ctx *ctx;
+	struct kmig_source_opts opts;
+	struct kmig_source_ops ops;
+	void *data;
+	char *host;
+	void *secret;
+	int abort_fd;
+	bool used;
+
+	struct kmig_region *regions[LMTRACK_REGIONS_MAX];
+	uint64_t *dirty[LMTRACK_REGIONS_MAX];	/* a bitmap of pages for each, from the last peek */
+	unsigned int count;
+	unsigned int tracked;			/* of them, with tracking on */
+	uint64_t pinned;
+
+	struct kmig_session session;
+	struct kmig_control control;
+	struct kmig_source_digest digest;
+	bool digesting;
+	struct kmig_stream *stream;
+	uint64_t stream_id;
+	int sockets[LMTRACK_CHANNELS_MAX];
+
+	uint32_t round, acked;
+	uint64_t round_begin_ns, last_round_ns;
+	uint64_t round_expected;		/* pages, as far as known when it began */
+	uint64_t pages_before;			/* sent in earlier rounds */
+	bool sending;				/* the stream has not finished the round */
+	bool ready, need, running;		/* READY, NEED, RUNNING have come */
+	uint64_t compared;
+	double rate;				/* bytes a second on the wire */
+	uint64_t trip_ns;			/* of the smallest round: what even nothing costs */
+
+	void *state;
+	size_t state_length;
+	bool paused, committed;
+	uint64_t paused_ns;
+
+	struct kmig_clock clock;
+	struct kmig_report report;
+};
+
+/* ---- Set-up ---- */
+
+static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
+{
+	if (!opts->host || !*opts->host)
+		return kmig_fail(ctx, -EINVAL, "source: no destination host is given");
+	if (!opts->secret || opts->secret_len < KMIG_SECRET_MIN)
+		return kmig_fail(ctx, -EINVAL, "source: the shared secret has %zu bytes, at least %d are needed",
+				 opts->secret ? opts->secret_len : 0, KMIG_SECRET_MIN);
+	if (!opts->channels || opts->channels > LMTRACK_CHANNELS_MAX)
+		return kmig_fail(ctx, -EINVAL, "source: %u channels, give 1 to %d", opts->channels, LMTRACK_CHANNELS_MAX);
+	if (!opts->downtime_ms || opts->downtime_ms > 60000)
+		return kmig_fail(ctx, -EINVAL, "source: a downtime of %u ms, give 1 to 60000", opts->downtime_ms);
+	if (!opts->max_rounds || opts->max_rounds > 10000)
+		return kmig_fail(ctx, -EINVAL, "source: %u rounds at most, give 1 to 10000", opts->max_rounds);
+	if (opts->timeout_ms < 100)
+		return kmig_fail(ctx, -EINVAL, "source: a time-out of %u ms is too short, give at least 100", opts->timeout_ms);
+	return 0;
+}
+
+int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
+		    const struct kmig_source_ops *ops, void *data, struct kmig_source **out)
+{
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	struct kmig_source *source;
+	int err;
+
+	err = kmig_copy_sized(ctx, &opts, sizeof(opts), sizeof(opts), given, "source options");
+	if (!err)
+		err = check_opts(ctx, &opts);
+	if (err)
+		return err;
+	source = calloc(1, sizeof(*source));
+	if (!source)
+		return kmig_fail(ctx, -ENOMEM, "source: out of memory");
+	source->ctx = ctx;
+	source->opts = opts;
+	source->data = data;
+	source->control.fd = -1;
+	source->report.size = sizeof(source->report);
+	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++)
+		source->sockets[i] = -1;
+	source->abort_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	source->host = strdup(opts.host);
+	source->secret = malloc(opts.secret_len);
+	err = kmig_copy_sized(ctx, &source->ops, sizeof(source->ops), sizeof(source->ops), ops, "source functions");
+	if (!err && (!source->ops.pause || !source->ops.resume))
+		err = kmig_fail(ctx, -EINVAL, "source: the functions pause and resume are needed");
+	if (!err && (source->abort_fd < 0 || !source->host || !source->secret))
+		err = kmig_fail(ctx, -ENOMEM, "source: out of memory or descriptors");
+	if (err) {
+		kmig_source_free(source);
+		return err;
+	}
+	memcpy(source->secret, opts.secret, opts.secret_len);
+	/* They are the caller's, and may be gone when the engine runs. */
+	source->opts.host = NULL;
+	source->opts.secret = NULL;
+	*out = source;
+	return 0;
+}
+
+int kmig_source_add_region(struct kmig_source *source, struct kmig_region *region)
+{
+	if (source->used)
+		return kmig_fail(source->ctx, -EBUSY, "source: regions are added before it runs");
+	if (region->kind != KMIG_REGION_LMTRACK)
+		return kmig_fail(source->ctx, -EOPNOTSUPP, "region %s is a memfd: only an lmtrack region can be migrated from", region->name);
+	if (source->count == LMTRACK_REGIONS_MAX)
+		return kmig_fail(source->ctx, -ENOSPC, "source: %d regions are the most there can be", LMTRACK_REGIONS_MAX);
+	for (unsigned int i = 0; i < source->count; i++)
+		if (source->regions[i] == region)
+			return kmig_fail(source->ctx, -EEXIST, "region %s was added already", region->name);
+	source->regions[source->count++] = region;
+	source->report.ram_bytes += region->bytes;
+	source->report.page_size = region->page_size;
+	return 0;
+}
+
+void kmig_source_abort(struct kmig_source *source)
+{
+	eventfd_write(source->abort_fd, 1);
+}
+
+/* ---- Report ---- */
+
+static void update_report(struct kmig_source *source)
+{
+	struct kmig_report *report = &source->report;
+	uint64_t data = 0, zero = 0, zerocopy = 0, copied = 0, headers = 0, done;
+	struct kmig_channel_stats stats;
+
+	report->total_ns = kmig_now_ns() - source->clock.start_ns;
+	if (!source->stream)
+		return;
+	for (unsigned int i = 0; i < source->opts.channels; i++) {
+		if (source->sockets[i] < 0 || kmig_stream_channel_stats(source->stream, i, &stats))
+			return;
+		data += stats.data_pages;
+		zero += stats.zero_pages;
+		zerocopy += stats.zerocopy_bytes;
+		copied += stats.copied_bytes;
+		headers += stats.header_bytes;
+	}
+	report->data_pages = data;
+	report->zero_pages = zero;
+	report->zerocopy_bytes = zerocopy;
+	report->copied_bytes = copied;
+	report->transferred_bytes = zerocopy + copied + headers + report->device_state_bytes;
+	report->rounds = source->round;
+	report->bytes_per_second = source->rate;
+	done = data + zero - source->pages_before;
+	if (source->sending)
+		report->remaining_bytes = done < source->round_expected ?
+					  (source->round_expected - done) * report->page_size : 0;
+	report->eta_ns = source->rate > 0 ? report->remaining_bytes / source->rate * 1e9 : 0;
+}
+
+static void tell(struct kmig_source *source)
+{
+	update_report(source);
+	if (source->ops.progress)
+		source->ops.progress(&source->report, source->data);
+}
+
+static void enter(struct kmig_source *source, enum kmig_state state)
+{
+	kmig_report_enter(&source->report, &source->clock, state);
+	tell(source);
+}
+
+int kmig_source_report(struct kmig_source *source, struct kmig_report *report)
+{
+	return kmig_fill_sized(source->ctx, report, &source->report, sizeof(source->report), "report");
+}
+
+/* ---- Hello ---- */
+
+/* A message of the handshake: not sealed, since the key comes from it. */
+static int handshake_recv(struct kmig_source *source, int fd, uint16_t type, struct lmtrack_wire_message *header,
+			  void *body, size_t length)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(source->opts.timeout_ms);
+	const char *why;
+	int err;
+
+	err = kmig_net_recv(fd, header, sizeof(*header), deadline, source->abort_fd);
+	if (!err) {
+		err = kmig_message_check(header, &why);
+		if (err == -EPROTONOSUPPORT)
+			return kmig_fail(source->ctx, err, "the destination speaks version %u of the protocol, we speak %u: install the same version of kmig on both",
+					 le16toh(header->version), LMTRACK_WIRE_VERSION);
+		if (!err && le16toh(header->type) != type) {
+			why = "it does not belong here";
+			err = -EPROTO;
+		}
+		if (err)
+			return kmig_fail(source->ctx, err, "greeting from the destination: %s", why);
+		err = kmig_net_recv(fd, body, length, deadline, source->abort_fd);
+		if (!err && kmig_message_check_crc(header, body, &why))
+			return kmig_fail(source->ctx, -EBADMSG, "greeting from the destination: %s", why);
+	}
+	if (err == -ECANCELED)
+		return kmig_fail(source->ctx, err, "aborted");
+	if (err == -ETIMEDOUT)
+		return kmig_fail(source->ctx, err, "the destination did not answer within %u ms: is it a kmig?", source->opts.timeout_ms);
+	/* It says nothing to those who fail the proof: this is what that looks like. */
+	if ((err == -ECONNRESET || err == -EPIPE) && type == LMTRACK_MSG_PROOF)
+		return kmig_fail(source->ctx, -EKEYREJECTED, "the destination turned us away: give both sides the same secret");
+	if (err)
+		return kmig_fail(source->ctx, err, "the destination hung up: %s", strerror(-err));
+	return 0;
+}
+
+static int handshake(struct kmig_source *source, int fd)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(source->opts.timeout_ms);
+	struct {
+		struct lmtrack_wire_message header;
+		struct lmtrack_wire_proof proof;
+	} ours, theirs;
+	struct lmtrack_wire_proof expected;
+	struct kmig_transcript transcript;
+	const struct lmtrack_wire_hello *theirs_hello = &transcript.destination.body;
+	int err;
+
+	err = kmig_auth_hello(source->report.page_size, &transcript.source);
+	if (!err)
+		err = kmig_net_send(fd, &transcript.source, sizeof(transcript.source), deadline, source->abort_fd);
+	if (err)
+		return kmig_fail(source->ctx, err, "greeting the destination: %s", strerror(-err));
+	err = handshake_recv(source, fd, LMTRACK_MSG_HELLO, &transcript.destination.header,
+			     &transcript.destination.body, sizeof(transcript.destination.body));
+	if (err)
+		return err;
+
+	err = kmig_auth_proof(source->secret, source->opts.secret_len, "lmtrack source", &transcript, &ours.proof);
+	if (!err) {
+		kmig_message_encode(LMTRACK_MSG_PROOF, &ours.proof, sizeof(ours.proof), &ours.header);
+		err = kmig_net_send(fd, &ours, sizeof(ours), deadline, source->abort_fd);
+	}
+	if (err)
+		return kmig_fail(source->ctx, err, "proving the secret: %s", strerror(-err));
+	err = handshake_recv(source, fd, LMTRACK_MSG_PROOF, &theirs.header, &theirs.proof, sizeof(theirs.proof));
+	if (err)
+		return err;
+	err = kmig_auth_proof(source->secret, source->opts.secret_len, "lmtrack destination", &transcript, &expected);
+	if (err || !kmig_auth_equal(&expected, &theirs.proof, sizeof(expected)))
+		return kmig_fail(source->ctx, -EKEYREJECTED, "whoever listens there does not know the secret: give both sides the same");
+
+	/* Only now is it known who said so. */
+	if (theirs_hello->features || le32toh(theirs_hello->page_size) != source->report.page_size ||
+	    le32toh(theirs_hello->chunk_pages) != LMTRACK_CHUNK_PAGES)
+		return kmig_fail(source->ctx, -EPROTONOSUPPORT, "the destination has pages of %u bytes in chunks of %u, features %#llx; this side has pages of %u in chunks of %u",
+				 le32toh(theirs_hello->page_size), le32toh(theirs_hello->chunk_pages),
+				 (unsigned long long)le64toh(theirs_hello->features), source->report.page_size,
+				 LMTRACK_CHUNK_PAGES);
+	err = kmig_auth_session(source->secret, source->opts.secret_len, &transcript, &source->session);
+	return err ? kmig_fail(source->ctx, err, "session key: %s", strerror(-err)) : 0;
+}
+
+static int hello(struct kmig_source *source)
+{
+	int fd, err;
+
+	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd);
+	if (fd < 0)
+		return fd;
+	err = handshake(source, fd);
+	if (err) {
+		close(fd);
+		return err;
+	}
+	return kmig_control_open(&source->control, source->ctx, "destination", fd, source->abort_fd,
+				 source->opts.timeout_ms, source->session.source, source->session.destination);
+}
+
+/* ---- Before the first pass ---- */
+
+static int capacity(struct kmig_source *source)
+{
+	struct lmtrack_wire_capacity wire = { .bytes = htole64(source->report.ram_bytes) };
+	struct kmig_message message;
+	uint64_t resident = 0;
+	int err;
+
+	for (unsigned int i = 0; i < source->count; i++)
+		resident += kmig_region_resident(source->regions[i]);
+	source->round_expected = resident / source->report.page_size;
+	wire.resident = htole64(resident);
+	err = kmig_control_send(&source->control, LMTRACK_MSG_CAPACITY, &wire, sizeof(wire));
+	if (err)
+		return err;
+	return kmig_control_expect(&source->control, LMTRACK_MSG_CAPACITY_OK, &message);
+}
+
+static int regions(struct kmig_source *source)
+{
+	struct {
+		struct lmtrack_wire_regions head;
+		__le64 bytes[LMTRACK_REGIONS_MAX];
+	} wire;
+
+	if (RAND_bytes((unsigned char *)&source->stream_id, sizeof(source->stream_id)) != 1)
+		return kmig_fail(source->ctx, -EIO, "no random number for the stream");
+	wire.head.stream = htole64(source->stream_id);
+	wire.head.count = htole32(source->count);
+	wire.head.channels = htole32(source->opts.channels);
+	for (unsigned int i = 0; i < source->count; i++)
+		wire.bytes[i] = htole64(source->regions[i]->bytes);
+	return kmig_control_send(&source->control, LMTRACK_MSG_REGIONS, &wire,
+				 sizeof(wire.head) + source->count * sizeof(wire.bytes[0]));
+}
+
+static int connect_channel(struct kmig_source *source, uint32_t number)
+{
+	struct kmig_frame frame = {
+		.type = LMTRACK_FRAME_CHANNEL,
+		.stream = source->stream_id,
+		.channel = number,
+		.payload = sizeof(struct lmtrack_wire_channel),
+	};
+	struct {
+		struct lmtrack_wire_frame frame;
+		struct lmtrack_wire_channel channel;
+	} wire;
+	int fd, err;
+
+	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd);
+	if (fd < 0)
+		return fd;
+	source->sockets[number] = fd;
+	kmig_frame_encode(&frame, NULL, &wire.frame);
+	err = kmig_auth_channel(&source->session, source->stream_id, number, &wire.channel);
+	if (!err)
+		err = kmig_net_send(fd, &wire, sizeof(wire), kmig_now_ns() + kmig_ms(source->opts.timeout_ms),
+				    source->abort_fd);
+	/* From now on its only writer is the kernel, which may wait for room. */
+	if (!err)
+		err = kmig_net_set_blocking(fd, true);
+	if (err)
+		return kmig_fail(source->ctx, err, "data channel %u: %s", number, strerror(-err));
+	return 0;
+}
+
+static int channels(struct kmig_source *source)
+{
+	struct kmig_message message;
+	int err = 0;
+
+	for (uint32_t i = 0; i < source->opts.channels && !err; i++)
+		err = connect_channel(source, i);
+	if (err)
+		return err;
+	return kmig_control_expect(&source->control, LMTRACK_MSG_CHANNELS_READY, &message);
+}
+
+static int start_stream(struct kmig_source *source)
+{
+	struct kmig_stream_opts opts = KMIG_STREAM_OPTS_INIT;
+	int err = 0;
+
+	for (unsigned int i = 0; i < source->count; i++) {
+		uint64_t pinned = 0;
+
+		err = kmig_region_track_start(source->regions[i], source->opts.allow_pinned ? &pinned : NULL);
+		if (err)
+			return err;
+		source->tracked++;
+		source->pinned += pinned;
+	}
+	opts.id = source->stream_id;
+	opts.no_zero_detection = source->opts.no_zero_detection;
+	err = kmig_stream_create(source->ctx, &opts, &source->stream);
+	for (unsigned int i = 0; i < source->count && !err; i++)
+		err = kmig_stream_add_region(source->stream, source->regions[i], i);
+	for (unsigned int i = 0; i < source->opts.channels && !err; i++) {
+		int number = kmig_stream_add_channel(source->stream, source->sockets[i]);
+
+		if (number < 0)
+			err = number;
+	}
+	return err;
+}
+
+static int start_digests(struct kmig_source *source)
+{
+	int err;
+
+	for (unsigned int i = 0; i < source->count; i++) {
+		source->dirty[i] = calloc(kmig_words(kmig_region_pages(source->regions[i])), sizeof(uint64_t));
+		if (!source->dirty[i])
+			return kmig_fail(source->ctx, -ENOMEM, "dirty pages: out of memory");
+		if (!kmig_region_map(source->regions[i]))
+			return -ENOMEM;
+	}
+	err = kmig_source_digest_start(&source->digest, source->ctx, &source->control, source->regions, source->count);
+	source->digesting = !err;
+	return err;
+}
+
+/* ---- Rounds ---- */
+
+static int handle(struct kmig_source *source, const struct kmig_message *message)
+{
+	const struct lmtrack_wire_round_ack *ack = message->body;
+	const struct lmtrack_wire_ready *ready = message->body;
+
+	switch (message->type) {
+	case LMTRACK_MSG_UNVERIFIED:
+	case LMTRACK_MSG_COMPARED:
+		if (!source->digesting)
+			break;
+		return kmig_source_digest_message(&source->digest, message);
+	case LMTRACK_MSG_ROUND_ACK:
+		if (source->acked == source->round || le32toh(ack->round) != source->round)
+			break;
+		source->acked = source->round;
+		kmig_source_digest_acked(&source->digest, source->acked);
+		return 0;
+	case LMTRACK_MSG_NEED:
+		if (source->report.state != KMIG_STATE_CHECK)
+			break;
+		source->need = true;
+		return 0;
+	case LMTRACK_MSG_READY:
+		if (source->report.state != KMIG_STATE_CHECK)
+			break;
+		source->report.digests_compared = le64toh(ready->compared);
+		source->ready = true;
+		return 0;
+	}
+	return kmig_control_unexpected(&source->control, message);
+}
+
+/* A failing channel is often the consequence of an abort that is still on its way. */
+static int stream_failed(struct kmig_source *source, const struct kmig_round *round)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(LAST_WORDS_MS);
+	struct kmig_message message;
+
+	while (!kmig_net_wait(source->control.fd, POLLIN, deadline, source->abort_fd)) {
+		int n = kmig_control_next(&source->control, &message);
+
+		if (source->control.peer_aborted)
+			return n;
+		if (n < 0)
+			break;
+	}
+	return kmig_fail(source->ctx, round->error, "round %u, data channel %d: %s", round->round, round->channel,
+			 strerror(-round->error));
+}
+
+/* The stream says it is done with the round: take the figures over. */
+static int round_sent(struct kmig_source *source, struct kmig_round *round)
+{
+	int err = kmig_stream_wait(source->stream, 0, round);
+
+	if (err == -ETIMEDOUT || err == -EINTR)
+		return 0;
+	if (err)
+		return err;
+	if (round->error)
+		return stream_failed(source, round);
+	source->sending = false;
+	source->last_round_ns = kmig_now_ns();
+	return 0;
+}
+
+/* Wait for something to happen, a tick at most, and take it in. */
+static int step(struct kmig_source *source, struct kmig_round *round)
+{
+	struct pollfd fds[] = {
+		{ .fd = source->control.fd, .events = POLLIN },
+		{ .fd = source->abort_fd, .events = POLLIN },
+		{ .fd = source->sending ? kmig_stream_fd(source->stream) : -1, .events = POLLIN },
+		{ .fd = source->digest.workers.event_fd, .events = POLLIN },
+	};
+	struct kmig_message message;
+	int n, err;
+
+	if (poll(fds, 4, TICK_MS) < 0 && errno != EINTR)
+		return kmig_fail(source->ctx, -errno, "waiting: %s", strerror(errno));
+	if (fds[1].revents)
+		return kmig_fail(source->ctx, -ECANCELED, "aborted");
+	while ((n = kmig_control_next(&source->control, &message)) > 0) {
+		err = handle(source, &message);
+		if (err)
+			return err;
+	}
+	if (n < 0)
+		return n;
+	err = kmig_control_check_silence(&source->control);
+	if (!err && source->sending && fds[2].revents)
+		err = round_sent(source, round);
+	if (!err && kmig_report_due(&source->clock))
+		tell(source);
+	return err;
+}
+
+static int begin_round(struct kmig_source *source, enum kmig_send_what what, uint64_t expected)
+{
+	int err;
+
+	source->round_expected = expected;
+	source->pages_before = source->report.data_pages + source->report.zero_pages;
+	source->round_begin_ns = kmig_now_ns();
+	err = kmig_stream_send(source->stream, source->round + 1, what);
+	if (err)
+		return err;
+	source->round++;
+	source->sending = true;
+	return 0;
+}
+
+/* Until the destination has stored the round whole. */
+static int finish_round(struct kmig_source *source, struct kmig_round *round)
+{
+	struct kmig_round_report report;
+	uint64_t took;
+	int err;
+
+	while (source->sending || source->acked != source->round) {
+		err = step(source, round);
+		if (err)
+			return err;
+	}
+	took = kmig_now_ns() - source->round_begin_ns;
+	/* What is in socket buffers is not on the other side: the acknowledgement ends the measurement. */
+	if (round->bytes >= RATE_BYTES_MIN) {
+		double rate = round->bytes * 1e9 / took;
+
+		source->rate = source->rate > 0 ? (source->rate + rate) / 2 : rate;
+	}
+	if (!source->trip_ns || took < source->trip_ns)
+		source->trip_ns = took;
+	update_report(source);
+	report = (struct kmig_round_report){
+		.round = round->round,
+		.dirty_pages = round->pages,
+		.data_pages = round->data_pages,
+		.zero_pages = round->zero_pages,
+		.bytes = round->bytes,
+		.duration_ns = took,
+		.bytes_per_second = round->bytes * 1e9 / took,
+		.dirty_pages_per_second = source->report.dirty_pages_per_second,
+	};
+	if (source->ops.round)
+		source->ops.round(&report, source->data);
+	return 0;
+}
+
+/* Look at what is dirty, without changing it. */
+static int peek(struct kmig_source *source, uint64_t *dirty)
+{
+	double seconds = (kmig_now_ns() - source->round_begin_ns) / 1e9;
+
+	*dirty = 0;
+	for (unsigned int i = 0; i < source->count; i++) {
+		uint64_t pages = kmig_region_pages(source->regions[i]), found;
+		int err;
+
+		memset(source->dirty[i], 0, kmig_words(pages) * sizeof(uint64_t));
+		err = kmig_region_dirty_get(source->regions[i], false, 0, pages, source->dirty[i], &found);
+		if (err)
+			return err;
+		*dirty += found;
+	}
+	if (!source->paused && seconds > 0)
+		source->report.dirty_pages_per_second = *dirty / seconds;
+	source->report.remaining_bytes = *dirty * source->report.page_size;
+	return 0;
+}
+
+/* Would sending so many pages, and all that has to happen besides, fit the downtime? */
+static bool fits(const struct kmig_source *source, uint64_t dirty)
+{
+	uint64_t limit = kmig_ms(source->opts.downtime_ms);
+	/* Half of it at least is for pages: a slow start must not forbid the blackout for ever. */
+	uint64_t allowance = source->trip_ns < limit / 2 ? source->trip_ns : limit / 2;
+
+	if (!dirty)
+		return true;
+	if (source->rate <= 0)
+		return false;
+	return dirty * source->report.page_size / source->rate * 1e9 <= limit - allowance;
+}
+
+/*
+ * Pre-copy. It ends when what is dirty fits the downtime, or after so many rounds; and when
+ * chunks that stay clean have been compared, which costs nothing now and downtime later.
+ */
+static int iterate(struct kmig_source *source)
+{
+	unsigned int passes = 0;
+	bool compared = false;
+	int err;
+
+	for (;;) {
+		struct kmig_round round = { 0 };
+		uint64_t dirty, begun;
+		bool enough;
+
+		err = peek(source, &dirty);
+		if (err)
+			return err;
+		if (!compared && kmig_source_digest_compared(&source->digest)) {
+			begun = kmig_source_digest_pass(&source->digest, source->dirty);
+			compared = ++passes > PASSES_MAX ||
+				   kmig_source_digest_cost(&source->digest, begun) < kmig_ms(source->opts.downtime_ms) / 10;
+		}
+		enough = fits(source, dirty);
+		if ((enough || source->round >= source->opts.max_rounds) && compared &&
+		    kmig_source_digest_compared(&source->digest))
+			return 0;
+		if (enough) {
+			err = step(source, &round);
+			if (err)
+				return err;
+			continue;
+		}
+		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
+		if (!err)
+			err = finish_round(source, &round);
+		if (err)
+			return err;
+	}
+}
+
+/* ---- Blackout ---- */
+
+static int pause_guest(struct kmig_source *source)
+{
+	int err;
+
+	source->paused_ns = kmig_now_ns();
+	enter(source, KMIG_STATE_BLACKOUT);
+	source->paused = true;
+	err = source->ops.pause(source->data);
+	if (err)
+		return kmig_fail(source->ctx, err, "the guest could not be paused: %s", strerror(-err));
+	err = kmig_control_send(&source->control, LMTRACK_MSG_PAUSED, NULL, 0);
+	if (!err && source->ops.save_state) {
+		err = source->ops.save_state(&source->state, &source->state_length, source->data);
+		if (err)
+			return kmig_fail(source->ctx, err, "the device state could not be saved: %s", strerror(-err));
+	}
+	if (source->state_length > LMTRACK_WIRE_STATE_MAX)
+		return kmig_fail(source->ctx, -EFBIG, "the device state has %zu bytes, at most %d can be moved",
+				 source->state_length, LMTRACK_WIRE_STATE_MAX);
+	source->report.device_state_bytes = source->state_length;
+	return err;
+}
+
+static int send_state(struct kmig_source *source)
+{
+	struct lmtrack_wire_state *piece = malloc(LMTRACK_WIRE_BODY_MAX);
+	int err = 0;
+
+	if (!piece)
+		return kmig_fail(source->ctx, -ENOMEM, "device state: out of memory");
+	for (size_t at = 0; at < source->state_length && !err;) {
+		size_t length = source->state_length - at;
+
+		if (length > KMIG_WIRE_STATE_PIECE)
+			length = KMIG_WIRE_STATE_PIECE;
+		piece->total = htole64(source->state_length);
+		piece->offset = htole64(at);
+		memcpy(piece->bytes, (uint8_t *)source->state + at, length);
+		err = kmig_control_send(&source->control, LMTRACK_MSG_STATE, piece, sizeof(*piece) + length);
+		at += length;
+	}
+	free(piece);
+	return err;
+}
+
+/* Send what is dirty until nothing is any more; device state and digests travel meanwhile. */
+static int last_rounds(struct kmig_source *source)
+{
+	struct kmig_round round = { 0 };
+	bool state_sent = false;
+	uint64_t dirty;
+	int err;
+
+	err = peek(source, &dirty);
+	for (int n = 0; !err; n++) {
+		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
+		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
+		if (!err && !state_sent)
+			err = send_state(source);
+		state_sent = true;
+		if (!err)
+			err = finish_round(source, &round);
+		if (!err)
+			err = peek(source, &dirty);
+		/* Pinned pages are dirty in every harvest; their devices rest with the guest. */
+		if (err || dirty <= source->pinned)
+			break;
+		if (n == LAST_ROUNDS_MAX)
+			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
+					 (unsigned long long)dirty);
+	}
+	return err;
+}
+
+/* Until the destination says READY. */
+static int check(struct kmig_source *source)
+{
+	struct lmtrack_wire_prepare prepare = { .round = htole32(source->round) };
+	struct kmig_round round;
+	int err;
+
+	enter(source, KMIG_STATE_CHECK);
+	while (!source->ready) {
+		while (!kmig_source_digest_sent(&source->digest)) {
+			err = step(source, &round);
+			if (err)
+				return err;
+		}
+		source->need = false;
+		err = kmig_control_send(&source->control, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare));
+		while (!err && !source->ready && !source->need)
+			err = step(source, &round);
+		if (err)
+			return err;
+		if (source->need)
+			kmig_source_digest_need(&source->digest);
+	}
+	return 0;
+}
+
+static int migrate(struct kmig_source *source)
+{
+	struct kmig_round round = { 0 };
+	struct kmig_message message;
+	int err;
+
+	enter(source, KMIG_STATE_HELLO);
+	err = hello(source);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_CAPACITY);
+	err = capacity(source);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_REGIONS);
+	err = regions(source);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_DEVICES);
+	err = kmig_control_expect(&source->control, LMTRACK_MSG_DEVICES_READY, &message);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_CHANNELS);
+	err = channels(source);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_FIRST_PASS);
+	err = start_digests(source);
+	if (!err)
+		err = start_stream(source);
+	if (!err)
+		err = begin_round(source, KMIG_SEND_ALL, source->round_expected);
+	if (!err)
+		err = finish_round(source, &round);
+	if (err)
+		return err;
+	enter(source, KMIG_STATE_ITERATION);
+	err = iterate(source);
+	if (err)
+		return err;
+	err = pause_guest(source);
+	if (!err)
+		err = last_rounds(source);
+	if (!err)
+		err = check(source);
+	return err;
+}
+
+/* ---- The end ---- */
+
+/*
+ * READY has come. A COMMIT that was not handed over whole cannot be understood by anyone, so
+ * only one that was commits us.
+ */
+static int commit(struct kmig_source *source)
+{
+	int err;
+
+	source->committed = true;
+	err = kmig_control_send(&source->control, LMTRACK_MSG_COMMIT, NULL, 0);
+	if (err)
+		source->committed = false;
+	return err;
+}
+
+static int await_running(struct kmig_source *source)
+{
+	struct kmig_message message;
+	int err;
+
+	/* Too late to change one's mind. */
+	source->control.abort_fd = -1;
+	err = kmig_control_expect(&source->control, LMTRACK_MSG_RUNNING, &message);
+	if (!err)
+		return 0;
+	if (source->control.peer_aborted && (source->control.abort_flags & LMTRACK_ABORT_NOT_RUN)) {
+		source->committed = false;
+		return err;
+	}
+	return kmig_fail(source->ctx, -EINPROGRESS, "the destination was told to run the guest and did not confirm (%s): the guest stays paused here. Look there: if it runs, end this one; only if it does not, and will not, resume it here",
+			 kmig_ctx_error(source->ctx));
+}
+
+static void completed(struct kmig_source *source)
+{
+	source->report.downtime_ns = kmig_now_ns() - source->paused_ns;
+	source->report.verdict = KMIG_COMPLETED;
+	enter(source, KMIG_STATE_CLEANUP);
+	if (source->ops.completed)
+		source->ops.completed(source->data);
+	kmig_control_send(&source->control, LMTRACK_MSG_DONE, NULL, 0);
+}
+
+static void give_up(struct kmig_source *source, int err, const char *text)
+{
+	int failed;
+
+	if (source->committed) {
+		source->report.verdict = KMIG_UNKNOWN;
+		return;
+	}
+	source->report.verdict = err == -ECANCELED ? KMIG_CANCELLED : KMIG_FAILED;
+	/* First of all: the destination cannot run it without COMMIT. */
+	if (source->paused) {
+		failed = source->ops.resume(source->data);
+		source->report.downtime_ns = kmig_now_ns() - source->paused_ns;
+		if (failed)
+			kmig_log(source->ctx, KMIG_LOG_ERROR, "the guest could not be resumed: %s", strerror(-failed));
+	}
+	if (source->stream)
+		kmig_stream_cancel(source->stream);
+	if (!source->control.peer_aborted)
+		kmig_control_send_abort(&source->control, err, 0, text);
+}
+
+static void clean_up(struct kmig_source *source)
+{
+	update_report(source);
+	/* A worker may be waiting for room to send in: there will be none. */
+	if (source->control.fd >= 0 && source->report.verdict != KMIG_COMPLETED)
+		shutdown(source->control.fd, SHUT_RDWR);
+	if (source->digesting)
+		kmig_source_digest_stop(&source->digest);
+	kmig_stream_free(source->stream);
+	source->stream = NULL;
+	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++) {
+		if (source->sockets[i] >= 0)
+			close(source->sockets[i]);
+		source->sockets[i] = -1;
+	}
+	kmig_control_close(&source->control);
+	for (unsigned int i = 0; i < source->tracked; i++)
+		kmig_region_track_stop(source->regions[i]);
+	for (unsigned int i = 0; i < source->count; i++) {
+		free(source->dirty[i]);
+		source->dirty[i] = NULL;
+	}
+	free(source->state);
+	source->state = NULL;
+	kmig_auth_forget(&source->session, sizeof(source->session));
+}
+
+int kmig_source_run(struct kmig_source *source)
+{
+	char text[KMIG_ERROR_MAX];
+	int err;
+
+	if (source->used)
+		return kmig_fail(source->ctx, -EALREADY, "a source runs once: make another");
+	if (!source->count)
+		return kmig_fail(source->ctx, -EINVAL, "source: no region was added");
+	source->used = true;
+	if (!source->opts.port)
+		source->opts.port = KMIG_PORT;
+	kmig_report_start(&source->report, &source->clock);
+
+	err = migrate(source);
+	if (!err)
+		err = commit(source);
+	if (!err)
+		err = await_running(source);
+	memcpy(text, source->ctx->error, sizeof(text));
+	if (!err)
+		completed(source);
+	else
+		give_up(source, err, text);
+	clean_up(source);
+	kmig_restore_error(source->ctx, text);
+	if (source->ops.progress)
+		source->ops.progress(&source->report, source->data);
+	return err;
+}
+
+void kmig_source_free(struct kmig_source *source)
+{
+	if (!source)
+		return;
+	if (source->abort_fd >= 0)
+		close(source->abort_fd);
+	if (source->secret)
+		kmig_auth_forget(source->secret, source->opts.secret_len);
+	free(source->secret);
+	free(source->host);
+	free(source);
+}
