@@ -10,6 +10,7 @@
 /* Within the time after which silence counts as death, so many signs of life. */
 #define SIGNS_OF_LIFE 4
 #define ABORT_WAIT_MS 500
+#define LAST_WORDS_MS 300
 
 /* Bulk is not worth a MAC: guest memory, which is most of it, has none either. */
 static size_t sealed_bytes(uint16_t type, size_t length)
@@ -97,6 +98,19 @@ int kmig_control_open(struct kmig_control *control, struct kmig_ctx *ctx, const 
 	return 0;
 }
 
+/* Closing while there is something unread would reset the connection, and lose our last words. */
+static void await_hangup(int fd)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(LAST_WORDS_MS);
+	char scrap[4096];
+	ssize_t n;
+
+	shutdown(fd, SHUT_WR);
+	do {
+		n = recv(fd, scrap, sizeof(scrap), MSG_DONTWAIT);
+	} while (n > 0 || (n < 0 && errno == EAGAIN && !kmig_net_wait(fd, POLLIN, deadline, -1)));
+}
+
 void kmig_control_close(struct kmig_control *control)
 {
 	if (control->fd < 0)
@@ -108,6 +122,8 @@ void kmig_control_close(struct kmig_control *control)
 		pthread_mutex_unlock(&control->stop_lock);
 		pthread_join(control->keepalive, NULL);
 	}
+	if (control->aborted)
+		await_hangup(control->fd);
 	close(control->fd);
 	control->fd = -1;
 	free(control->body);
@@ -138,15 +154,20 @@ void kmig_control_send_abort(struct kmig_control *control, int err, uint32_t fla
 	uint8_t body[sizeof(struct lmtrack_wire_abort) + LMTRACK_ABORT_TEXT_MAX];
 	struct lmtrack_wire_abort abort = { .error = htole32(-err), .flags = htole32(flags) };
 	size_t length = strnlen(text, LMTRACK_ABORT_TEXT_MAX);
+	uint64_t deadline = kmig_now_ns() + kmig_ms(ABORT_WAIT_MS);
+	struct timespec limit = { .tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000 };
 
 	if (control->fd < 0)
 		return;
 	memcpy(body, &abort, sizeof(abort));
 	memcpy(body + sizeof(abort), text, length);
-	pthread_mutex_lock(&control->send_lock);
+	/* Whoever holds it may be stuck half-way in a message: then there are no last words. */
+	if (pthread_mutex_clocklock(&control->send_lock, CLOCK_MONOTONIC, &limit))
+		return;
 	/* An abort is often why we are here: it must not keep this last word from leaving. */
 	control->abort_fd = -1;
-	send_locked(control, LMTRACK_MSG_ABORT, body, sizeof(abort) + length, kmig_now_ns() + kmig_ms(ABORT_WAIT_MS));
+	control->aborted = true;
+	send_locked(control, LMTRACK_MSG_ABORT, body, sizeof(abort) + length, deadline);
 	pthread_mutex_unlock(&control->send_lock);
 }
 
@@ -256,6 +277,37 @@ int kmig_control_check_silence(struct kmig_control *control)
 		return 0;
 	return kmig_fail(control->ctx, -ETIMEDOUT, "the %s has been silent for %u ms: it hangs, or the network between is down",
 			 control->peer, control->timeout_ms);
+}
+
+int kmig_control_check_abort(struct kmig_control *control)
+{
+	struct pollfd abort = { .fd = control->abort_fd, .events = POLLIN };
+
+	return poll(&abort, 1, 0) == 1 ? kmig_fail(control->ctx, -ECANCELED, "aborted") : 0;
+}
+
+int kmig_control_last_words(struct kmig_control *control, int err)
+{
+	uint64_t deadline = kmig_now_ns() + kmig_ms(LAST_WORDS_MS);
+	char text[KMIG_ERROR_MAX];
+	struct kmig_message message;
+
+	if (control->fd < 0 || control->peer_aborted ||
+	    (err != -ECONNRESET && err != -EPIPE && err != -ECONNREFUSED && err != -ENOTCONN))
+		return err;
+	memcpy(text, control->ctx->error, sizeof(text));
+	do {
+		int n;
+
+		while ((n = kmig_control_next(control, &message)) > 0)
+			;
+		if (control->peer_aborted)
+			return n;
+		if (n < 0)
+			break;
+	} while (!kmig_net_wait(control->fd, POLLIN, deadline, -1));
+	kmig_restore_error(control->ctx, text);
+	return err;
 }
 
 int kmig_control_unexpected(struct kmig_control *control, const struct kmig_message *message)

@@ -23,6 +23,7 @@ struct kmig_control {
 	pthread_mutex_t send_lock;
 	uint8_t send_key[KMIG_KEY_SIZE];
 	uint64_t sent;
+	bool aborted;			/* ABORT was sent: the peer is given time to read it */
 	bool broken;			/* a message may have left half: nothing more can be sent */
 
 	uint8_t recv_key[KMIG_KEY_SIZE];
@@ -63,6 +64,13 @@ int kmig_control_next(struct kmig_control *control, struct kmig_message *message
 int kmig_control_expect(struct kmig_control *control, uint16_t type, struct kmig_message *message);
 /* ETIMEDOUT when the peer has been silent for too long. */
 int kmig_control_check_silence(struct kmig_control *control);
+/* ECANCELED when an abort was asked for. */
+int kmig_control_check_abort(struct kmig_control *control);
+/*
+ * @err is the failure of a connection: often the consequence of an abort by the peer, whose
+ * message is there or on its way. Then the errno is the one it carries.
+ */
+int kmig_control_last_words(struct kmig_control *control, int err);
 int kmig_control_unexpected(struct kmig_control *control, const struct kmig_message *message);
 
 #endif /* KMIG_CONTROL_H */

@@ -14,7 +14,6 @@
 #include <sys/eventfd.h>
 
 #define TICK_MS 200
-#define LAST_WORDS_MS 1000	/* a peer that fails says why within this, if it can */
 #define NEED_ROUNDS_MAX 4
 
 struct kmig_destination {
@@ -422,23 +421,6 @@ static int check(struct kmig_destination *destination)
 	return kmig_control_send(&destination->control, LMTRACK_MSG_NEED, NULL, 0);
 }
 
-/* A failing channel is often the consequence of an abort that is still on its way. */
-static int channel_failed(struct kmig_destination *destination, int err)
-{
-	uint64_t deadline = kmig_now_ns() + kmig_ms(LAST_WORDS_MS);
-	struct kmig_message message;
-
-	if (err != -ECONNRESET && err != -EPIPE)
-		return err;
-	while (!kmig_net_wait(destination->control.fd, POLLIN, deadline, destination->abort_fd)) {
-		int n = kmig_control_next(&destination->control, &message);
-
-		if (n < 0)
-			return n;
-	}
-	return err;
-}
-
 /* Receive rounds, digests and device state until all of it is here and agrees. */
 static int receive(struct kmig_destination *destination)
 {
@@ -472,7 +454,7 @@ static int receive(struct kmig_destination *destination)
 			return n;
 		err = kmig_receiver_check(&destination->receiver);
 		if (err)
-			return channel_failed(destination, err);
+			return err;
 		err = kmig_control_check_silence(control);
 		if (err)
 			return err;
@@ -506,6 +488,10 @@ static int load(struct kmig_destination *destination)
 		err = destination->ops.load_state(destination->state, destination->state_total, destination->data);
 	if (err)
 		return kmig_fail(destination->ctx, err, "the destination could not load the device state: %s", strerror(-err));
+	/* The last chance: the source may commit as soon as it hears of it. */
+	err = kmig_control_check_abort(&destination->control);
+	if (err)
+		return err;
 	return kmig_control_send(&destination->control, LMTRACK_MSG_READY, &ready, sizeof(ready));
 }
 
@@ -595,6 +581,8 @@ int kmig_destination_run(struct kmig_destination *destination)
 	kmig_report_start(&destination->report, &destination->clock);
 
 	err = migrate(destination);
+	if (err)
+		err = kmig_control_last_words(&destination->control, err);
 	memcpy(text, destination->ctx->error, sizeof(text));
 	if (err)
 		give_up(destination, err);

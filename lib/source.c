@@ -17,7 +17,6 @@
 #include <sys/eventfd.h>
 
 #define TICK_MS 100
-#define LAST_WORDS_MS 1000	/* a peer that fails says why within this, if it can */
 #define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
 #define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
 #define RATE_BYTES_MIN (1u << 20)	/* a round below this says little about the wire */
@@ -460,24 +459,6 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 	return kmig_control_unexpected(&source->control, message);
 }
 
-/* A failing channel is often the consequence of an abort that is still on its way. */
-static int stream_failed(struct kmig_source *source, const struct kmig_round *round)
-{
-	uint64_t deadline = kmig_now_ns() + kmig_ms(LAST_WORDS_MS);
-	struct kmig_message message;
-
-	while (!kmig_net_wait(source->control.fd, POLLIN, deadline, source->abort_fd)) {
-		int n = kmig_control_next(&source->control, &message);
-
-		if (source->control.peer_aborted)
-			return n;
-		if (n < 0)
-			break;
-	}
-	return kmig_fail(source->ctx, round->error, "round %u, data channel %d: %s", round->round, round->channel,
-			 strerror(-round->error));
-}
-
 /* The stream says it is done with the round: take the figures over. */
 static int round_sent(struct kmig_source *source, struct kmig_round *round)
 {
@@ -488,7 +469,8 @@ static int round_sent(struct kmig_source *source, struct kmig_round *round)
 	if (err)
 		return err;
 	if (round->error)
-		return stream_failed(source, round);
+		return kmig_fail(source->ctx, round->error, "round %u, data channel %d: %s", round->round,
+				 round->channel, strerror(-round->error));
 	source->sending = false;
 	source->last_round_ns = kmig_now_ns();
 	return 0;
@@ -814,6 +796,9 @@ static int commit(struct kmig_source *source)
 {
 	int err;
 
+	err = kmig_control_check_abort(&source->control);
+	if (err)
+		return err;
 	source->committed = true;
 	err = kmig_control_send(&source->control, LMTRACK_MSG_COMMIT, NULL, 0);
 	if (err)
@@ -876,7 +861,7 @@ static void clean_up(struct kmig_source *source)
 	update_report(source);
 	/* A worker may be waiting for room to send in: there will be none. */
 	if (source->control.fd >= 0 && source->report.verdict != KMIG_COMPLETED)
-		shutdown(source->control.fd, SHUT_RDWR);
+		shutdown(source->control.fd, SHUT_WR);
 	if (source->digesting)
 		kmig_source_digest_stop(&source->digest);
 	kmig_stream_free(source->stream);
@@ -915,6 +900,8 @@ int kmig_source_run(struct kmig_source *source)
 	err = migrate(source);
 	if (!err)
 		err = commit(source);
+	if (err)
+		err = kmig_control_last_words(&source->control, err);
 	if (!err)
 		err = await_running(source);
 	memcpy(text, source->ctx->error, sizeof(text));
