@@ -89,7 +89,7 @@ start_receive()
 	qemu_args "$work/dst.log"
 	ip netns exec dst "$kmig" receive --listen $dst_ip --secret "$work/secret" \
 		--memory $guest_memory --qmp "$work/dst.qmp" --name e2e \
-		--report "$work/receive.json" "$@" -- "${qemu[@]}" 2>"$work/receive.err" &
+		--report "$work/receive.json" "$@" -- "${qemu[@]}" >"$work/receive.log" 2>"$work/receive.err" &
 	recv_pid=$!
 	wait_for 30 receive_listens_or_ended
 	grep -q '^listening on ' "$work/receive.err"
