@@ -742,6 +742,11 @@ REGION_TEST(seek)
 	/* The end counts as a hole. */
 	touch(mem, 7, 1, 1);
 	EXPECT_EQ((long)(8 * PAGE), E(lseek(fd, 6 * PAGE, SEEK_HOLE)));
+	/* Data from the first byte on. */
+	touch(mem, 0, 2, 1);
+	EXPECT_EQ((long)(4 * PAGE), E(lseek(fd, 0, SEEK_HOLE)));
+	EXPECT_EQ(0, E(lseek(fd, 0, SEEK_DATA)));
+	EXPECT_EQ((long)(4 * PAGE), E(lseek(fd, 1, SEEK_HOLE)));
 }
 
 REGION_TEST(seek_far)
