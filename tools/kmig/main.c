@@ -123,7 +123,8 @@ static void log_line(enum kmig_log_level level, const char *text, void *data)
 {
 	const bool *verbose = data;
 
-	if (level <= KMIG_LOG_WARNING || (*verbose && level <= KMIG_LOG_INFO))
+	/* Errors are returned as well, and told then. */
+	if (level == KMIG_LOG_WARNING || (*verbose && level == KMIG_LOG_INFO))
 		say("%s", text);
 }
 
