@@ -107,14 +107,28 @@ static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned in
 }
 #endif
 
+/*
+ * TCP takes pages by reference on its own account, whatever the device can do: one without
+ * scatter-gather has them copied into one piece on the way out, and nobody says so.
+ */
+static bool tcp_gathers(struct sock *sk)
+{
+	struct dst_entry *dst;
+	bool gathers;
+
+	rcu_read_lock();
+	dst = __sk_dst_get(sk);
+	gathers = (sk->sk_route_caps & NETIF_F_SG) && (!dst || dst->dev->features & NETIF_F_SG);
+	rcu_read_unlock();
+	return gathers;
+}
+
 static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_bytes,
 		    struct bio_vec *bvec, unsigned int pages, bool more)
 {
 	struct socket *sock = channel->priv;
 	/* Something above TCP (TLS) copies anyway, and must not be handed pages. */
 	bool plain = !inet_csk(sock->sk)->icsk_ulp_ops;
-	/* Without scatter-gather TCP copies by itself, and does not say so. */
-	bool zerocopy = plain && (sock->sk->sk_route_caps & NETIF_F_SG);
 	size_t bytes = (size_t)pages << PAGE_SHIFT;
 	int flags = MSG_NOSIGNAL | (more ? MSG_MORE : 0);
 	ktime_t begin = ktime_get();
@@ -128,7 +142,7 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	if (ret)
 		return ret;
 	channel->stats.header_bytes += head_bytes;
-	if (zerocopy)
+	if (plain && tcp_gathers(sock->sk))
 		channel->stats.zerocopy_bytes += bytes;
 	else
 		channel->stats.copied_bytes += bytes;
