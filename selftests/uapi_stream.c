@@ -1,0 +1,1643 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Streams, request by request, against a receiver of the test's own that checks every field of
+ * every frame and keeps a copy of the regions: it must be equal to them, byte for byte.
+ */
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <endian.h>
+#include <limits.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <sys/time.h>
+#include <linux/ethtool.h>
+#include <linux/sockios.h>
+#include <linux/tls.h>
+#include <linux/lmtrack_wire.h>
+
+#include "kselftest_harness.h"
+#include "uapi_common.h"
+
+#define STREAM_ID	0x1122334455667788ULL
+#define CHUNK_PAGES	LMTRACK_CHUNK_PAGES
+#define ALL		LMTRACK_SEND_ALL
+#define DIRTY		LMTRACK_SEND_DIRTY
+
+#ifndef SOL_TLS
+#define SOL_TLS		282
+#endif
+
+/* ---- Requests ---- */
+
+static int stream_create(uint32_t flags)
+{
+	struct lmtrack_stream_create args = {
+		.size = sizeof(args), .flags = flags, .stream_id = STREAM_ID,
+	};
+	int dev = device_open();
+	int fd;
+
+	if (dev < 0)
+		return dev;
+	fd = lmt_ioctl(dev, LMTRACK_STREAM_CREATE, &args);
+	close(dev);
+	return fd;
+}
+
+static long add_region(int stream, int fd, uint32_t index)
+{
+	struct lmtrack_stream_add_region args = {
+		.size = sizeof(args), .fd = fd, .index = index,
+	};
+
+	return lmt_ioctl(stream, LMTRACK_STREAM_ADD_REGION, &args);
+}
+
+/* The channel's number. */
+static long add_channel_on(int stream, int fd, const void *cpumask, uint32_t bytes)
+{
+	struct lmtrack_stream_add_channel args = {
+		.size = sizeof(args), .fd = fd, .cpumask = (uintptr_t)cpumask,
+		.cpumask_bytes = bytes, .channel = ~0U,
+	};
+	long ret = lmt_ioctl(stream, LMTRACK_STREAM_ADD_CHANNEL, &args);
+
+	return ret ?: (long)args.channel;
+}
+
+static long add_channel(int stream, int fd)
+{
+	return add_channel_on(stream, fd, NULL, 0);
+}
+
+static long stream_send(int stream, uint32_t round, uint32_t what)
+{
+	struct lmtrack_stream_send args = {
+		.size = sizeof(args), .round = round, .what = what,
+	};
+
+	return lmt_ioctl(stream, LMTRACK_STREAM_SEND, &args);
+}
+
+static long stream_wait(int stream, int timeout_ms, struct lmtrack_stream_wait *result)
+{
+	struct lmtrack_stream_wait args = { .size = sizeof(args), .timeout_ms = timeout_ms };
+	long ret = lmt_ioctl(stream, LMTRACK_STREAM_WAIT, &args);
+
+	if (result)
+		*result = args;
+	return ret;
+}
+
+static long stream_cancel(int stream)
+{
+	struct lmtrack_stream_cancel args = { .size = sizeof(args) };
+
+	return lmt_ioctl(stream, LMTRACK_STREAM_CANCEL, &args);
+}
+
+static struct lmtrack_channel_stats channel_stats(int stream, uint32_t channel)
+{
+	struct lmtrack_channel_stats stats = { .size = sizeof(stats), .channel = channel };
+
+	if (lmt_ioctl(stream, LMTRACK_CHANNEL_STATS, &stats))
+		memset(&stats, 0xff, sizeof(stats));
+	return stats;
+}
+
+static int stream_events(int stream, int timeout_ms)
+{
+	struct pollfd poll_fd = { .fd = stream, .events = POLLIN };
+
+	return poll(&poll_fd, 1, timeout_ms) < 0 ? -errno : poll_fd.revents;
+}
+
+/* ---- Connections ---- */
+
+/* pair[0] is the sender's end. With @buffer, little fits between the two. */
+static int tcp_pair_between(int pair[2], int buffer, int from_ns, int to_ns,
+			    const char *address)
+{
+	struct sockaddr_in in = { .sin_family = AF_INET };
+	socklen_t length = sizeof(in);
+	int listener;
+
+	inet_pton(AF_INET, address, &in.sin_addr);
+	if (to_ns >= 0 && setns(to_ns, CLONE_NEWNET))
+		return -errno;
+	listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (buffer)
+		setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof(buffer));
+	if (listener < 0 || bind(listener, (void *)&in, sizeof(in)) || listen(listener, 1) ||
+	    getsockname(listener, (void *)&in, &length))
+		return -errno;
+	if (from_ns >= 0 && setns(from_ns, CLONE_NEWNET))
+		return -errno;
+	pair[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (buffer)
+		setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &buffer, sizeof(buffer));
+	if (pair[0] < 0 || connect(pair[0], (void *)&in, sizeof(in)))
+		return -errno;
+	pair[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+	if (pair[1] < 0)
+		return -errno;
+	close(listener);
+	return 0;
+}
+
+static int tcp_pair(int pair[2], int buffer)
+{
+	return tcp_pair_between(pair, buffer, -1, -1, "127.0.0.1");
+}
+
+/* ---- The receiver ---- */
+
+#define REGIONS		2
+
+enum { GOT_NOTHING, GOT_DATA, GOT_ZERO };
+
+/**
+ * struct shadow - the copy of a region
+ * @mem:	the bytes
+ * @pages:	length
+ * @got:	what came last for each page
+ * @owner:	the channel of each chunk, plus one; set by the first frame
+ */
+struct shadow {
+	unsigned char *mem;
+	size_t pages;
+	unsigned char *got;
+	uint32_t *owner;
+};
+
+struct receiver;
+
+/**
+ * struct rx_channel - one connection; only its thread writes this, apart from the set-up
+ * @ended:	the last round whose end has come, under the receiver's lock
+ * @done:	the thread has finished, under the receiver's lock
+ * @error:	what is wrong with the frames, or empty
+ */
+struct rx_channel {
+	struct receiver *rx;
+	uint32_t number;
+	int fd;
+	pthread_t thread;
+	uint64_t seq;
+	uint64_t bytes;
+	uint64_t head_bytes;
+	uint64_t data_pages;
+	uint64_t zero_pages;
+	uint64_t zero_extents;
+	uint64_t round_pages;
+	uint32_t ended;
+	bool done;
+	char error[160];
+};
+
+struct receiver {
+	struct shadow shadow[REGIONS];
+	struct rx_channel *channels;
+	unsigned int count;
+	pthread_mutex_t lock;
+	pthread_cond_t change;
+};
+
+static uint32_t crc_table[256];
+
+static void __attribute__((constructor)) crc_init(void)
+{
+	uint32_t i, bit, crc;
+
+	for (i = 0; i < 256; i++) {
+		for (crc = i, bit = 0; bit < 8; bit++)
+			crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78 : 0);
+		crc_table[i] = crc;
+	}
+}
+
+static uint32_t crc32c(const void *data, size_t bytes)
+{
+	const unsigned char *p = data;
+	uint32_t crc = ~0U;
+
+	while (bytes--)
+		crc = crc >> 8 ^ crc_table[(crc ^ *p++) & 0xff];
+	return ~crc;
+}
+
+static bool __attribute__((format(printf, 2, 3)))
+wrong(struct rx_channel *ch, const char *format, ...)
+{
+	va_list args;
+	int n = snprintf(ch->error, sizeof(ch->error), "channel %u, frame %llu: ", ch->number,
+			 (unsigned long long)ch->seq);
+
+	va_start(args, format);
+	vsnprintf(ch->error + n, sizeof(ch->error) - n, format, args);
+	va_end(args);
+	return false;
+}
+
+static bool read_all(struct rx_channel *ch, void *to, size_t bytes)
+{
+	char *at = to;
+	ssize_t n;
+
+	while (bytes) {
+		n = recv(ch->fd, at, bytes, 0);
+		if (n <= 0)
+			return false;
+		at += n;
+		bytes -= n;
+		ch->bytes += n;
+	}
+	return true;
+}
+
+/* One frame with its table, in a buffer; le*toh() where it is used. */
+struct frame {
+	struct lmtrack_wire_frame head;
+	struct lmtrack_wire_extent table[LMTRACK_WIRE_EXTENTS_MAX];
+};
+
+static bool check_head(struct rx_channel *ch, const struct lmtrack_wire_frame *head)
+{
+	if (le32toh(head->magic) != LMTRACK_WIRE_MAGIC)
+		return wrong(ch, "magic %#x", le32toh(head->magic));
+	if (le16toh(head->version) != LMTRACK_WIRE_VERSION)
+		return wrong(ch, "version %u", le16toh(head->version));
+	if (head->flags || head->reserved)
+		return wrong(ch, "flags or reserved field not zero");
+	if (le64toh(head->stream) != STREAM_ID)
+		return wrong(ch, "stream %#llx", (unsigned long long)le64toh(head->stream));
+	if (le32toh(head->channel) != ch->number)
+		return wrong(ch, "says channel %u", le32toh(head->channel));
+	if (le64toh(head->seq) != ch->seq)
+		return wrong(ch, "sequence %llu", (unsigned long long)le64toh(head->seq));
+	if (le32toh(head->round) <= ch->ended)
+		return wrong(ch, "round %u after the end of %u", le32toh(head->round),
+			     ch->ended);
+	if (le32toh(head->extents) > LMTRACK_WIRE_EXTENTS_MAX)
+		return wrong(ch, "%u extents", le32toh(head->extents));
+	return true;
+}
+
+static bool check_crc(struct rx_channel *ch, struct frame *frame)
+{
+	uint32_t want = le32toh(frame->head.crc);
+	uint32_t crc;
+
+	frame->head.crc = 0;
+	crc = crc32c(frame, sizeof(frame->head) +
+			    le32toh(frame->head.extents) * sizeof(frame->table[0]));
+	return crc == want || wrong(ch, "CRC %#x, should be %#x", want, crc);
+}
+
+/* Extents are in one chunk, ascending, within the region; their pages, or 0. */
+static size_t check_extents(struct rx_channel *ch, const struct frame *frame)
+{
+	uint32_t region = le32toh(frame->head.region), i;
+	uint64_t end = 0, first, pages, total = 0;
+	struct shadow *shadow;
+	uint32_t owner = 0;
+
+	if (region >= REGIONS || !ch->rx->shadow[region].mem)
+		return wrong(ch, "region %u", region);
+	if (!frame->head.extents)
+		return wrong(ch, "no extents");
+	shadow = &ch->rx->shadow[region];
+	for (i = 0; i < le32toh(frame->head.extents); i++) {
+		first = le64toh(frame->table[i].first);
+		pages = le32toh(frame->table[i].pages);
+		if (frame->table[i].reserved || !pages || pages > CHUNK_PAGES)
+			return wrong(ch, "extent %u of %llu pages", i,
+				     (unsigned long long)pages);
+		if ((i && first < end) || first + pages > shadow->pages)
+			return wrong(ch, "extent %u at page %llu", i, (unsigned long long)first);
+		end = first + pages;
+		if ((end - 1) / CHUNK_PAGES != le64toh(frame->table[0].first) / CHUNK_PAGES)
+			return wrong(ch, "extents in several chunks");
+		total += pages;
+	}
+	first = le64toh(frame->table[0].first) / CHUNK_PAGES;
+	if (!__atomic_compare_exchange_n(&shadow->owner[first], &owner, ch->number + 1, false,
+					 __ATOMIC_RELAXED, __ATOMIC_RELAXED) &&
+	    owner != ch->number + 1)
+		return wrong(ch, "chunk %llu was on channel %u", (unsigned long long)first,
+			     owner - 1);
+	return total;
+}
+
+static bool store(struct rx_channel *ch, const struct frame *frame)
+{
+	bool data = frame->head.type == LMTRACK_FRAME_DATA;
+	size_t pages = check_extents(ch, frame);
+	struct shadow *shadow;
+	uint64_t first, count;
+	uint32_t i;
+
+	if (!pages)
+		return false;
+	if (le32toh(frame->head.payload) != (data ? pages * PAGE : 0))
+		return wrong(ch, "payload of %u bytes for %zu pages",
+			     le32toh(frame->head.payload), pages);
+	if (frame->head.arg)
+		return wrong(ch, "argument is not zero");
+	shadow = &ch->rx->shadow[le32toh(frame->head.region)];
+	for (i = 0; i < le32toh(frame->head.extents); i++) {
+		first = le64toh(frame->table[i].first);
+		count = le32toh(frame->table[i].pages);
+		if (!data)
+			memset(shadow->mem + first * PAGE, 0, count * PAGE);
+		else if (!read_all(ch, shadow->mem + first * PAGE, count * PAGE))
+			return wrong(ch, "ends within the payload");
+		memset(shadow->got + first, data ? GOT_DATA : GOT_ZERO, count);
+	}
+	ch->round_pages += pages;
+	if (data) {
+		ch->data_pages += pages;
+	} else {
+		ch->zero_pages += pages;
+		ch->zero_extents += le32toh(frame->head.extents);
+	}
+	return true;
+}
+
+static bool round_end(struct rx_channel *ch, const struct lmtrack_wire_frame *head)
+{
+	if (head->extents || head->payload || head->region)
+		return wrong(ch, "round end with more than its argument");
+	if (le64toh(head->arg) != ch->round_pages)
+		return wrong(ch, "round end says %llu pages, came %llu",
+			     (unsigned long long)le64toh(head->arg),
+			     (unsigned long long)ch->round_pages);
+	ch->round_pages = 0;
+	pthread_mutex_lock(&ch->rx->lock);
+	ch->ended = le32toh(head->round);
+	pthread_cond_broadcast(&ch->rx->change);
+	pthread_mutex_unlock(&ch->rx->lock);
+	return true;
+}
+
+static bool receive_frame(struct rx_channel *ch)
+{
+	struct frame frame;
+	size_t table;
+
+	/* Here, and nowhere else, a connection may end. */
+	if (!read_all(ch, &frame.head, sizeof(frame.head)) || !check_head(ch, &frame.head))
+		return false;
+	table = le32toh(frame.head.extents) * sizeof(frame.table[0]);
+	if (!read_all(ch, frame.table, table))
+		return wrong(ch, "ends within the table");
+	ch->head_bytes += sizeof(frame.head) + table;
+	if (!check_crc(ch, &frame))
+		return false;
+	ch->seq++;
+	switch (frame.head.type) {
+	case LMTRACK_FRAME_DATA:
+	case LMTRACK_FRAME_ZERO:
+		if (!store(ch, &frame))
+			return false;
+		break;
+	case LMTRACK_FRAME_ROUND_END:
+		if (!round_end(ch, &frame.head))
+			return false;
+		break;
+	default:
+		return wrong(ch, "type %u", frame.head.type);
+	}
+	return true;
+}
+
+static void *receive(void *arg)
+{
+	struct rx_channel *ch = arg;
+
+	while (receive_frame(ch))
+		;
+	pthread_mutex_lock(&ch->rx->lock);
+	ch->done = true;
+	pthread_cond_broadcast(&ch->rx->change);
+	pthread_mutex_unlock(&ch->rx->lock);
+	return NULL;
+}
+
+static bool shadow_init(struct shadow *shadow, size_t pages)
+{
+	shadow->pages = pages;
+	shadow->mem = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	shadow->got = calloc(pages, 1);
+	shadow->owner = calloc(pages / CHUNK_PAGES + 1, sizeof(*shadow->owner));
+	return shadow->mem != MAP_FAILED && shadow->got && shadow->owner;
+}
+
+static bool receiver_init(struct receiver *rx, unsigned int channels)
+{
+	memset(rx, 0, sizeof(*rx));
+	pthread_mutex_init(&rx->lock, NULL);
+	pthread_cond_init(&rx->change, NULL);
+	rx->channels = calloc(channels, sizeof(*rx->channels));
+	return rx->channels;
+}
+
+static bool receiver_start(struct receiver *rx, int fd)
+{
+	struct rx_channel *ch = &rx->channels[rx->count];
+
+	ch->rx = rx;
+	ch->fd = fd;
+	ch->number = rx->count++;
+	return !pthread_create(&ch->thread, NULL, receive, ch);
+}
+
+/* Wait until the round has come in over every channel. */
+static bool receiver_wait(struct receiver *rx, uint32_t round)
+{
+	struct timespec limit;
+	bool complete = true;
+	unsigned int i;
+	int ret = 0;
+
+	clock_gettime(CLOCK_REALTIME, &limit);
+	limit.tv_sec += 60;
+	pthread_mutex_lock(&rx->lock);
+	for (i = 0; i < rx->count; i++) {
+		struct rx_channel *ch = &rx->channels[i];
+
+		while (ch->ended < round && !ch->done && !ret)
+			ret = pthread_cond_timedwait(&rx->change, &rx->lock, &limit);
+		complete &= ch->ended >= round;
+	}
+	pthread_mutex_unlock(&rx->lock);
+	return complete;
+}
+
+/* Join the threads; the connections have ended. */
+static const char *receiver_end(struct receiver *rx)
+{
+	const char *error = NULL;
+	unsigned int i;
+
+	for (i = 0; i < rx->count; i++) {
+		pthread_join(rx->channels[i].thread, NULL);
+		if (rx->channels[i].error[0])
+			error = error ?: rx->channels[i].error;
+	}
+	return error;
+}
+
+#define RX_SUM(rx, field) ({					\
+	uint64_t _sum = 0;					\
+								\
+	for (unsigned int _i = 0; _i < (rx)->count; _i++)	\
+		_sum += (rx)->channels[_i].field;		\
+	_sum;							\
+})
+
+/* ---- A region, a stream ---- */
+
+#define BYTES	(8 * MIB)
+#define PAGES	(BYTES / PAGE)
+
+FIXTURE(stream) {
+	int fd;
+	unsigned char *mem;
+	int stream;
+	int pair[2];
+};
+
+FIXTURE_SETUP(stream)
+{
+	self->fd = lmt_region(BYTES);
+	ASSERT_LE(0, self->fd);
+	self->mem = lmt_map(self->fd, BYTES);
+	ASSERT_NE(MAP_FAILED, self->mem);
+	self->stream = stream_create(0);
+	ASSERT_LE(0, self->stream);
+	ASSERT_EQ(0, tcp_pair(self->pair, 0));
+}
+
+FIXTURE_TEARDOWN(stream)
+{
+	close(self->stream);
+	close(self->fd);
+}
+
+#define STREAM_TEST(name) TEST_F_TIMEOUT(stream, name, TEST_SECONDS)
+
+/* ---- Set-up ---- */
+
+STREAM_TEST(create_flags)
+{
+	unsigned int bit;
+	int fd;
+
+	for (bit = 1; bit < 32; bit++)
+		EXPECT_EQ(-EOPNOTSUPP, stream_create(1U << bit));
+	fd = stream_create(LMTRACK_STREAM_NO_ZERO_DETECT);
+	EXPECT_LE(0, fd);
+	EXPECT_EQ(FD_CLOEXEC, fcntl(fd, F_GETFD));
+	EXPECT_EQ(-EINVAL, E(read(fd, &bit, sizeof(bit))));
+}
+
+STREAM_TEST(add_region_errors)
+{
+	struct lmtrack_stream_add_region args = { .size = sizeof(args) };
+	int other = lmt_region(PAGE), again = lmt_reopen(self->fd);
+	int file = memfd_create("no region", 0), dev = device_open(), pipes[2];
+
+	ASSERT_LE(0, other);
+	ASSERT_LE(0, again);
+	ASSERT_EQ(0, pipe(pipes));
+	EXPECT_EQ(-EBADF, add_region(self->stream, -1, 0));
+	EXPECT_EQ(-EBADF, add_region(self->stream, 9999, 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, file, 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, dev, 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, pipes[0], 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, self->pair[0], 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, self->stream, 0));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, self->fd, LMTRACK_REGIONS_MAX));
+	EXPECT_EQ(-EINVAL, add_region(self->stream, self->fd, ~0U));
+	args.fd = self->fd;
+	args.flags = 1;
+	EXPECT_EQ(-EOPNOTSUPP, lmt_ioctl(self->stream, LMTRACK_STREAM_ADD_REGION, &args));
+
+	EXPECT_EQ(0, add_region(self->stream, self->fd, 3));
+	EXPECT_EQ(-EEXIST, add_region(self->stream, self->fd, 3));
+	EXPECT_EQ(-EEXIST, add_region(self->stream, self->fd, 4));
+	EXPECT_EQ(-EEXIST, add_region(self->stream, again, 4));
+	EXPECT_EQ(-EEXIST, add_region(self->stream, other, 3));
+	EXPECT_EQ(0, add_region(self->stream, other, LMTRACK_REGIONS_MAX - 1));
+}
+
+STREAM_TEST(add_channel_errors)
+{
+	struct lmtrack_stream_add_channel args = { .size = sizeof(args) };
+	struct sockaddr_in in = { .sin_family = AF_INET };
+	int null = open("/dev/null", O_RDWR), tcp, udp, local[2], udp6;
+
+	EXPECT_EQ(-EBADF, add_channel(self->stream, -1));
+	EXPECT_EQ(-EBADF, add_channel(self->stream, 9999));
+	EXPECT_EQ(-ENOTSOCK, add_channel(self->stream, null));
+	EXPECT_EQ(-ENOTSOCK, add_channel(self->stream, self->fd));
+	EXPECT_EQ(-ENOTSOCK, add_channel(self->stream, self->stream));
+
+	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	in.sin_port = htons(9);
+	udp = socket(AF_INET, SOCK_DGRAM, 0);
+	ASSERT_EQ(0, connect(udp, (void *)&in, sizeof(in)));
+	EXPECT_EQ(-EPROTOTYPE, add_channel(self->stream, udp));
+	udp6 = socket(AF_INET6, SOCK_DGRAM, 0);
+	if (udp6 >= 0)
+		EXPECT_EQ(-EPROTOTYPE, add_channel(self->stream, udp6));
+	ASSERT_EQ(0, socketpair(AF_UNIX, SOCK_STREAM, 0, local));
+	EXPECT_EQ(-EPROTOTYPE, add_channel(self->stream, local[0]));
+	EXPECT_EQ(-EPROTOTYPE, add_channel(self->stream, socket(AF_NETLINK, SOCK_RAW, 0)));
+
+	tcp = socket(AF_INET, SOCK_STREAM, 0);
+	EXPECT_EQ(-ENOTCONN, add_channel(self->stream, tcp));
+	ASSERT_EQ(0, listen(tcp, 1));
+	EXPECT_EQ(-ENOTCONN, add_channel(self->stream, tcp));
+
+	args.fd = self->pair[0];
+	args.reserved = 1;
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_STREAM_ADD_CHANNEL, &args));
+	args.reserved = 0;
+	args.flags = 1;
+	EXPECT_EQ(-EOPNOTSUPP, lmt_ioctl(self->stream, LMTRACK_STREAM_ADD_CHANNEL, &args));
+
+	EXPECT_EQ(0, add_channel(self->stream, self->pair[0]));
+	EXPECT_EQ(-EEXIST, add_channel(self->stream, self->pair[0]));
+	EXPECT_EQ(-EEXIST, add_channel(self->stream, dup(self->pair[0])));
+	EXPECT_EQ(1, add_channel(self->stream, self->pair[1]));
+}
+
+/* A peer that has gone before the channel was added. */
+STREAM_TEST(add_channel_closed)
+{
+	ASSERT_EQ(0, shutdown(self->pair[0], SHUT_RDWR));
+	EXPECT_EQ(-ENOTCONN, add_channel(self->stream, self->pair[0]));
+}
+
+STREAM_TEST(add_channel_cpus)
+{
+	unsigned long none[16] = { 0 }, offline[16] = { 0 }, good[16] = { 1 };
+
+	offline[1] = ~0UL;
+	offline[15] = ~0UL;
+	EXPECT_EQ(-EINVAL, add_channel_on(self->stream, self->pair[0], none, sizeof(none)));
+	EXPECT_EQ(-EINVAL, add_channel_on(self->stream, self->pair[0], offline,
+					  sizeof(offline)));
+	EXPECT_EQ(-EINVAL, add_channel_on(self->stream, self->pair[0], good, 0));
+	EXPECT_EQ(-EINVAL, add_channel_on(self->stream, self->pair[0], NULL, 8));
+	EXPECT_EQ(-EFAULT, add_channel_on(self->stream, self->pair[0], (void *)8, 8));
+	EXPECT_EQ(-EFAULT, add_channel_on(self->stream, self->pair[0], (void *)(1UL << 63), 8));
+	EXPECT_EQ(0, add_channel_on(self->stream, self->pair[0], good, sizeof(good)));
+	EXPECT_EQ(1, add_channel_on(self->stream, self->pair[1], good, 1));
+}
+
+STREAM_TEST(add_channel_limit)
+{
+	int pairs[LMTRACK_CHANNELS_MAX][2];
+	unsigned int i;
+
+	for (i = 0; i < LMTRACK_CHANNELS_MAX; i++) {
+		ASSERT_EQ(0, tcp_pair(pairs[i], 0));
+		ASSERT_EQ(i, add_channel(self->stream, pairs[i][0]));
+	}
+	EXPECT_EQ(-ENOSPC, add_channel(self->stream, self->pair[0]));
+}
+
+/* ---- Rounds that cannot be ---- */
+
+STREAM_TEST(send_errors)
+{
+	struct lmtrack_stream_send args = { .size = sizeof(args), .flags = 1, .round = 1 };
+	int other = lmt_region(PAGE), again = lmt_reopen(self->fd);
+	struct lmtrack_stream_wait result;
+
+	ASSERT_LE(0, other);
+	ASSERT_LE(0, again);
+	EXPECT_EQ(-EINVAL, stream_wait(self->stream, 0, NULL));
+	EXPECT_EQ(0, stream_events(self->stream, 0));
+	/* Neither channel nor region; no channel; not tracked. */
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ALL));
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_region(self->stream, other, 1));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ALL));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ALL));
+	/* The attempt has not taken hold of the one that is tracked. */
+	EXPECT_EQ(0, lmt_stop(self->fd));
+	ASSERT_EQ(0, lmt_start(other, 0, NULL));
+	/* Tracked, but by another open file. */
+	ASSERT_EQ(0, lmt_start(again, 0, NULL));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ALL));
+	EXPECT_EQ(0, lmt_stop(again));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, 2));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ~0U));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 0, ALL));
+	EXPECT_EQ(-EOPNOTSUPP, lmt_ioctl(self->stream, LMTRACK_STREAM_SEND, &args));
+	EXPECT_EQ(-EINVAL, stream_wait(self->stream, 0, NULL));
+
+	ASSERT_EQ(0, stream_send(self->stream, 5, ALL));
+	ASSERT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_EQ(5, result.round);
+	EXPECT_EQ(0, result.error);
+	EXPECT_EQ(-1, result.channel);
+	EXPECT_EQ(sizeof(result), result.size);
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 5, DIRTY));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 4, DIRTY));
+	EXPECT_EQ(-EINVAL, stream_wait(self->stream, -2, NULL));
+	EXPECT_EQ(-EINVAL, stream_wait(self->stream, INT_MIN, NULL));
+	/* The same answer as often as it is asked for. */
+	EXPECT_EQ(0, stream_wait(self->stream, -1, &result));
+	EXPECT_EQ(5, result.round);
+	EXPECT_EQ(POLLIN, stream_events(self->stream, 0));
+
+	EXPECT_EQ(-EBUSY, add_channel(self->stream, self->pair[1]));
+	EXPECT_EQ(-EBUSY, add_region(self->stream, lmt_region(PAGE), 7));
+	/* Between rounds tracking may stop; then there is nothing to send. */
+	EXPECT_EQ(0, lmt_stop(other));
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 6, DIRTY));
+	EXPECT_EQ(0, lmt_start(other, 0, NULL));
+	EXPECT_EQ(0, stream_send(self->stream, ~0U, DIRTY));
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_EQ(~0U, result.round);
+	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, DIRTY));
+}
+
+STREAM_TEST(channel_stats_errors)
+{
+	struct lmtrack_channel_stats stats = { .size = sizeof(stats) };
+
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_CHANNEL_STATS, &stats));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	EXPECT_EQ(0, lmt_ioctl(self->stream, LMTRACK_CHANNEL_STATS, &stats));
+	EXPECT_EQ(0, stats.frames);
+	stats.channel = 1;
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_CHANNEL_STATS, &stats));
+	stats.channel = ~0U;
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_CHANNEL_STATS, &stats));
+	stats.channel = 0;
+	stats.reserved = 1;
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_CHANNEL_STATS, &stats));
+}
+
+/* ---- What arrives ---- */
+
+FIXTURE(rounds) {
+	struct receiver rx;
+	int stream;
+	int fd[REGIONS];
+	unsigned char *mem[REGIONS];
+	size_t pages[REGIONS];
+	unsigned char *state[REGIONS];
+};
+
+/* What a page has been through: such as only ever was a hole must never be sent as data. */
+enum { UNTOUCHED, WRITTEN, HOLE_PUNCHED };
+
+FIXTURE_VARIANT(rounds) {
+	unsigned int channels;
+	unsigned int regions;
+	uint32_t flags;
+};
+
+FIXTURE_VARIANT_ADD(rounds, one_channel) { .channels = 1, .regions = 1 };
+FIXTURE_VARIANT_ADD(rounds, two_channels_two_regions) { .channels = 2, .regions = 2 };
+FIXTURE_VARIANT_ADD(rounds, all_channels) { .channels = LMTRACK_CHANNELS_MAX, .regions = 2 };
+FIXTURE_VARIANT_ADD(rounds, no_zero_detection) {
+	.channels = 3, .regions = 1, .flags = LMTRACK_STREAM_NO_ZERO_DETECT,
+};
+
+FIXTURE_SETUP(rounds)
+{
+	unsigned int i;
+
+	ASSERT_TRUE(receiver_init(&self->rx, variant->channels));
+	self->stream = stream_create(variant->flags);
+	ASSERT_LE(0, self->stream);
+	for (i = 0; i < variant->regions; i++) {
+		/* The last chunk is not a whole one. */
+		self->pages[i] = (i ? 3 : 9) * CHUNK_PAGES + 77;
+		self->fd[i] = lmt_region(self->pages[i] * PAGE);
+		ASSERT_LE(0, self->fd[i]);
+		self->mem[i] = lmt_map(self->fd[i], self->pages[i] * PAGE);
+		ASSERT_NE(MAP_FAILED, self->mem[i]);
+		self->state[i] = calloc(self->pages[i], 1);
+		ASSERT_NE(NULL, self->state[i]);
+		ASSERT_TRUE(shadow_init(&self->rx.shadow[i], self->pages[i]));
+		ASSERT_EQ(0, lmt_start(self->fd[i], 0, NULL));
+		ASSERT_EQ(0, add_region(self->stream, self->fd[i], i));
+	}
+	for (i = 0; i < variant->channels; i++) {
+		int pair[2];
+
+		ASSERT_EQ(0, tcp_pair(pair, 0));
+		ASSERT_EQ(i, add_channel(self->stream, pair[0]));
+		/* The stream keeps the connection, whoever closes his descriptor of it. */
+		close(pair[0]);
+		ASSERT_TRUE(receiver_start(&self->rx, pair[1]));
+	}
+}
+
+FIXTURE_TEARDOWN(rounds)
+{
+	if (self->stream >= 0)
+		close(self->stream);
+}
+
+#define ROUNDS_TEST(name) TEST_F_TIMEOUT(rounds, name, TEST_SECONDS)
+
+static void fill(unsigned char *mem, unsigned char *state, size_t page, unsigned char value)
+{
+	memset(mem + page * PAGE, value, PAGE);
+	state[page] = WRITTEN;
+}
+
+/* A hole that is punched once more may travel as zero. */
+static int punch_pages(int fd, unsigned char *state, size_t first, size_t pages)
+{
+	size_t page;
+
+	for (page = first; page < first + pages; page++)
+		if (state[page] == UNTOUCHED)
+			state[page] = HOLE_PUNCHED;
+	return lmt_punch(fd, first * PAGE, pages * PAGE);
+}
+
+/* Pages that never existed have not come; all others are equal to what is here. */
+static void compare(struct __test_metadata *_metadata, const unsigned char *mem,
+		    const struct shadow *shadow, const unsigned char *state)
+{
+	static const unsigned char zero[PAGE];
+	size_t page, different = 0, invented = 0, first = 0;
+
+	for (page = 0; page < shadow->pages; page++) {
+		const unsigned char *want = state[page] == WRITTEN ? mem + page * PAGE : zero;
+
+		if (memcmp(want, shadow->mem + page * PAGE, PAGE)) {
+			first = different ? first : page;
+			different++;
+		}
+		invented += (state[page] == UNTOUCHED && shadow->got[page] != GOT_NOTHING) ||
+			    (state[page] == HOLE_PUNCHED && shadow->got[page] == GOT_DATA);
+	}
+	EXPECT_EQ(0, different) {
+		TH_LOG("%zu pages differ, the first is %zu", different, first);
+	}
+	EXPECT_EQ(0, invented);
+}
+
+/* Send a round, wait at both ends, and check the sums the stream gives. */
+static struct lmtrack_stream_wait round_trip(struct __test_metadata *_metadata, int stream,
+					     struct receiver *rx, uint32_t round, uint32_t what)
+{
+	uint64_t data = RX_SUM(rx, data_pages), zero = RX_SUM(rx, zero_pages);
+	uint64_t bytes = RX_SUM(rx, bytes);
+	struct lmtrack_stream_wait result = { };
+
+	EXPECT_EQ(0, stream_send(stream, round, what));
+	EXPECT_EQ(0, stream_wait(stream, 60000, &result));
+	EXPECT_EQ(POLLIN, stream_events(stream, 0));
+	EXPECT_EQ(round, result.round);
+	EXPECT_EQ(0, result.error);
+	EXPECT_EQ(-1, result.channel);
+	EXPECT_TRUE(receiver_wait(rx, round));
+	EXPECT_EQ(result.data_pages, RX_SUM(rx, data_pages) - data);
+	EXPECT_EQ(result.zero_pages, RX_SUM(rx, zero_pages) - zero);
+	EXPECT_EQ(result.pages, result.data_pages + result.zero_pages);
+	EXPECT_EQ(result.bytes, RX_SUM(rx, bytes) - bytes);
+	EXPECT_LT(0, result.duration_ns);
+	return result;
+}
+
+struct writer {
+	pthread_t thread;
+	unsigned char *mem;
+	size_t pages;
+	const unsigned char *state;
+	volatile bool *stop;
+	unsigned int seed;
+};
+
+/* Writes only to pages that exist, or did: what was never touched stays so. */
+static void *write_pages(void *arg)
+{
+	struct writer *w = arg;
+	size_t page;
+
+	while (!*w->stop) {
+		page = rand_r(&w->seed) % w->pages;
+		if (w->state[page] != WRITTEN)
+			continue;
+		memset(w->mem + page * PAGE + w->seed % 2048, w->seed >> 8, 1500);
+	}
+	return NULL;
+}
+
+ROUNDS_TEST(equal_after_racing_writers)
+{
+	struct writer writers[2 * REGIONS];
+	unsigned int i, n = 0, seed = 1;
+	volatile bool stop = false;
+	uint64_t resident[REGIONS];
+	const char *error;
+	uint32_t round;
+	size_t page;
+
+	for (i = 0; i < variant->regions; i++) {
+		for (page = 0; page < self->pages[i]; page++) {
+			/* Chunk 2 is a hole, every eighth page elsewhere is one, or is zero. */
+			if (page / CHUNK_PAGES != 2 && page % 8)
+				fill(self->mem[i], self->state[i], page,
+				     page % 8 == 1 ? 0 : rand_r(&seed) | 1);
+		}
+		resident[i] = lmt_stats(self->fd[i]).resident_pages;
+	}
+	for (i = 0; i < 2 * variant->regions; i++) {
+		writers[i] = (struct writer){
+			.mem = self->mem[i / 2], .pages = self->pages[i / 2],
+			.state = self->state[i / 2], .stop = &stop, .seed = i,
+		};
+		ASSERT_EQ(0, pthread_create(&writers[n++].thread, NULL, write_pages,
+					    &writers[i]));
+	}
+	round_trip(_metadata, self->stream, &self->rx, 1, ALL);
+	for (round = 2; round < 6; round++) {
+		for (i = 0; i < variant->regions; i++)
+			EXPECT_EQ(0, punch_pages(self->fd[i], self->state[i],
+						 round * 100, 20));
+		round_trip(_metadata, self->stream, &self->rx, round, DIRTY);
+	}
+	stop = true;
+	while (n--)
+		ASSERT_EQ(0, pthread_join(writers[n].thread, NULL));
+	for (i = 0; i < variant->regions; i++)
+		EXPECT_EQ(0, punch_pages(self->fd[i], self->state[i], 300, 5));
+	round_trip(_metadata, self->stream, &self->rx, round, DIRTY);
+	for (i = 0; i < variant->regions; i++) {
+		/* Sending allocates nothing: fewer pages by what was punched, at most. */
+		EXPECT_GE(resident[i], lmt_stats(self->fd[i]).resident_pages);
+		compare(_metadata, self->mem[i], &self->rx.shadow[i], self->state[i]);
+	}
+	/* Then nothing is left; ALL sends it all once more. */
+	EXPECT_EQ(0, round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY).pages);
+	for (i = 0; i < variant->regions; i++)
+		memset(self->rx.shadow[i].mem, 0xee, self->pages[i] * PAGE);
+	round_trip(_metadata, self->stream, &self->rx, ++round, ALL);
+	for (i = 0; i < variant->regions; i++)
+		for (page = 0; page < self->pages[i]; page++)
+			if (E(lseek(self->fd[i], page * PAGE, SEEK_DATA)) ==
+			    (long)(page * PAGE) &&
+			    memcmp(self->rx.shadow[i].mem + page * PAGE,
+				   self->mem[i] + page * PAGE, PAGE))
+				break;
+	EXPECT_EQ(self->pages[variant->regions - 1], page);
+
+	close(self->stream);
+	self->stream = -1;
+	error = receiver_end(&self->rx);
+	EXPECT_EQ(NULL, error) {
+		TH_LOG("%s", error);
+	}
+}
+
+/* Which pages travel as zero. */
+ROUNDS_TEST(zero_pages)
+{
+	bool detect = !(variant->flags & LMTRACK_STREAM_NO_ZERO_DETECT);
+	unsigned char *got = self->rx.shadow[0].got;
+	struct lmtrack_stream_wait result;
+	size_t i;
+
+	for (i = 0; i < 100; i++)
+		fill(self->mem[0], self->state[0], i, i % 2);
+	for (i = 1000; i < 1064; i++)
+		fill(self->mem[0], self->state[0], i, 0);
+	/* Not zero, only nearly. */
+	self->mem[0][51 * PAGE - 1] = 1;
+	result = round_trip(_metadata, self->stream, &self->rx, 1, ALL);
+	EXPECT_EQ(164, result.pages);
+	EXPECT_EQ(detect ? 113 : 0, result.zero_pages);
+	EXPECT_EQ(detect ? GOT_ZERO : GOT_DATA, got[0]);
+	EXPECT_EQ(GOT_DATA, got[1]);
+	EXPECT_EQ(GOT_DATA, got[50]);
+	EXPECT_EQ(detect ? GOT_ZERO : GOT_DATA, got[1063]);
+	EXPECT_EQ(GOT_NOTHING, got[500]);
+	/* The long run is in two chunks. */
+	EXPECT_EQ(detect ? 49 + 2 : 0, RX_SUM(&self->rx, zero_extents));
+
+	/* Data that becomes zero, zero that becomes data, and what is punched out. */
+	fill(self->mem[0], self->state[0], 1, 0);
+	fill(self->mem[0], self->state[0], 2, 9);
+	EXPECT_EQ(0, lmt_punch(self->fd[0], 3 * PAGE, 2 * PAGE));
+	result = round_trip(_metadata, self->stream, &self->rx, 2, DIRTY);
+	EXPECT_EQ(4, result.pages);
+	EXPECT_EQ(detect ? 3 : 2, result.zero_pages);
+	EXPECT_EQ(detect ? GOT_ZERO : GOT_DATA, got[1]);
+	EXPECT_EQ(GOT_DATA, got[2]);
+	EXPECT_EQ(GOT_ZERO, got[3]);
+	EXPECT_EQ(GOT_ZERO, got[4]);
+	compare(_metadata, self->mem[0], &self->rx.shadow[0], self->state[0]);
+
+	/* Holes that nobody has a copy of are no news, in a full round. */
+	memset(got, GOT_NOTHING, self->pages[0]);
+	EXPECT_EQ(0, lmt_punch(self->fd[0], 6 * PAGE, PAGE));
+	EXPECT_EQ(1, round_trip(_metadata, self->stream, &self->rx, 3, DIRTY).zero_pages);
+	memset(got, GOT_NOTHING, self->pages[0]);
+	/* Comparing has looked at the holes of before, and filled them. */
+	result = round_trip(_metadata, self->stream, &self->rx, 4, ALL);
+	EXPECT_EQ(lmt_stats(self->fd[0]).resident_pages, result.pages);
+	EXPECT_EQ(GOT_NOTHING, got[6]);
+}
+
+/* Everything a channel says of itself, against what its peer has seen. */
+ROUNDS_TEST(statistics)
+{
+	uint64_t data = 0, zero = 0, header = 0;
+	struct lmtrack_channel_stats stats;
+	const char *error;
+	unsigned int i;
+
+	for (i = 0; i < self->pages[0]; i++)
+		if (i % 3)
+			fill(self->mem[0], self->state[0], i, i % 3 - 1);
+	round_trip(_metadata, self->stream, &self->rx, 1, ALL);
+	fill(self->mem[0], self->state[0], 7, 3);
+	round_trip(_metadata, self->stream, &self->rx, 2, DIRTY);
+	for (i = 0; i < variant->channels; i++) {
+		const struct rx_channel *ch = &self->rx.channels[i];
+
+		stats = channel_stats(self->stream, i);
+		EXPECT_EQ(sizeof(stats), stats.size);
+		EXPECT_EQ(i, stats.channel);
+		EXPECT_EQ(ch->seq, stats.frames);
+		EXPECT_EQ(ch->data_pages, stats.data_pages);
+		EXPECT_EQ(ch->zero_pages, stats.zero_pages);
+		EXPECT_EQ(ch->zero_extents, stats.zero_extents);
+		EXPECT_EQ(ch->head_bytes, stats.header_bytes);
+		EXPECT_EQ(ch->data_pages * PAGE, stats.zerocopy_bytes + stats.copied_bytes);
+		EXPECT_EQ(ch->bytes, stats.header_bytes + ch->data_pages * PAGE);
+		/* The loopback device has scatter-gather. */
+		EXPECT_LE(stats.data_pages * PAGE * 99, stats.zerocopy_bytes * 100);
+		EXPECT_LT(0, stats.blocked_ns);
+		data += stats.data_pages;
+		zero += stats.zero_pages;
+		header += stats.header_bytes;
+	}
+	EXPECT_EQ(data + zero, lmt_stats(self->fd[0]).harvested_pages);
+	EXPECT_LE(variant->channels * 2 * sizeof(struct lmtrack_wire_frame), header);
+	close(self->stream);
+	self->stream = -1;
+	error = receiver_end(&self->rx);
+	EXPECT_EQ(NULL, error) {
+		TH_LOG("%s", error);
+	}
+}
+
+/* ---- A peer that does not read ---- */
+
+FIXTURE(blocked) {
+	int fd;
+	int tracker;
+	unsigned char *mem;
+	int stream;
+	int pair[2][2];
+};
+
+/* Two channels, each of which takes a little and then no more. */
+FIXTURE_SETUP(blocked)
+{
+	int i;
+
+	self->fd = lmt_region(BYTES);
+	ASSERT_LE(0, self->fd);
+	self->mem = lmt_map(self->fd, BYTES);
+	ASSERT_NE(MAP_FAILED, self->mem);
+	memset(self->mem, 0x5a, BYTES);
+	self->tracker = lmt_reopen(self->fd);
+	ASSERT_LE(0, self->tracker);
+	self->stream = stream_create(0);
+	ASSERT_LE(0, self->stream);
+	ASSERT_EQ(0, lmt_start(self->tracker, 0, NULL));
+	ASSERT_EQ(0, add_region(self->stream, self->tracker, 0));
+	for (i = 0; i < 2; i++) {
+		ASSERT_EQ(0, tcp_pair(self->pair[i], 65536));
+		ASSERT_EQ(i, add_channel(self->stream, self->pair[i][0]));
+	}
+	ASSERT_EQ(0, stream_send(self->stream, 1, ALL));
+	EXPECT_EQ(-ETIMEDOUT, stream_wait(self->stream, 300, NULL));
+}
+
+FIXTURE_TEARDOWN(blocked)
+{
+	if (self->stream >= 0)
+		close(self->stream);
+	close(self->tracker);
+	close(self->fd);
+}
+
+#define BLOCKED_TEST(name) TEST_F_TIMEOUT(blocked, name, TEST_SECONDS)
+
+static void on_alarm(int sig)
+{
+	(void)sig;
+}
+
+static void alarm_in(unsigned int ms, int flags)
+{
+	struct sigaction action = { .sa_handler = on_alarm, .sa_flags = flags };
+	struct itimerval timer = { .it_value = { ms / 1000, ms % 1000 * 1000 } };
+
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &timer, NULL);
+}
+
+BLOCKED_TEST(requests_meanwhile)
+{
+	EXPECT_EQ(-EBUSY, stream_send(self->stream, 2, DIRTY));
+	EXPECT_EQ(-EBUSY, stream_send(self->stream, 1, ALL));
+	EXPECT_EQ(-EBUSY, lmt_stop(self->tracker));
+	EXPECT_EQ(-EBUSY, add_region(self->stream, lmt_region(PAGE), 1));
+	EXPECT_EQ(-EBUSY, add_channel(self->stream, self->pair[0][1]));
+	EXPECT_EQ(-ETIMEDOUT, stream_wait(self->stream, 0, NULL));
+	EXPECT_EQ(0, stream_events(self->stream, 0));
+	EXPECT_EQ(0, stream_events(self->stream, 50));
+	EXPECT_LT(0, channel_stats(self->stream, 0).frames + 1);
+	/* The region is not: it can be written, read, harvested, asked about, punched. */
+	memset(self->mem, 0xa5, BYTES);
+	EXPECT_EQ(0, lmt_punch(self->fd, 0, PAGE));
+	EXPECT_EQ(LMTRACK_TRACKED, region_info(self->fd).state);
+	EXPECT_EQ(PAGES - 1, lmt_stats(self->fd).resident_pages);
+}
+
+BLOCKED_TEST(wait_is_interrupted)
+{
+	double begin = lmt_seconds();
+
+	alarm_in(200, 0);
+	EXPECT_EQ(-EINTR, stream_wait(self->stream, -1, NULL));
+	alarm_in(200, SA_RESTART);
+	EXPECT_EQ(-EINTR, stream_wait(self->stream, 60000, NULL));
+	EXPECT_GT(30, lmt_seconds() - begin);
+	/* That has changed nothing. */
+	EXPECT_EQ(-EBUSY, stream_send(self->stream, 2, DIRTY));
+}
+
+BLOCKED_TEST(cancel)
+{
+	struct lmtrack_stream_wait result;
+	double begin = lmt_seconds();
+	uint64_t bitmap[PAGES / 64];
+
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_GT(5, lmt_seconds() - begin);
+	EXPECT_EQ(1, result.round);
+	EXPECT_EQ(ECANCELED, result.error);
+	EXPECT_EQ(-1, result.channel);
+	EXPECT_EQ(POLLIN | POLLERR, stream_events(self->stream, 0));
+	EXPECT_EQ(-EPIPE, stream_send(self->stream, 2, ALL));
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	EXPECT_EQ(0, stream_wait(self->stream, 0, &result));
+	EXPECT_EQ(ECANCELED, result.error);
+	/* The region is free again, though tracked. */
+	EXPECT_LE(0, lmt_dirty(self->tracker, LMTRACK_DIRTY_CLEAR, 0, PAGES, bitmap));
+	memset(self->mem, 0xa5, BYTES);
+	EXPECT_EQ(PAGES, lmt_dirty(self->tracker, LMTRACK_DIRTY_CLEAR, 0, PAGES, bitmap));
+	EXPECT_EQ(0, lmt_stop(self->tracker));
+}
+
+static void *cancel_later(void *arg)
+{
+	pause_ms(300);
+	stream_cancel(*(int *)arg);
+	return NULL;
+}
+
+/* Who waits in WAIT, or in poll(), is told. */
+BLOCKED_TEST(cancel_wakes)
+{
+	struct lmtrack_stream_wait result;
+	double begin = lmt_seconds();
+	pthread_t thread;
+
+	ASSERT_EQ(0, pthread_create(&thread, NULL, cancel_later, &self->stream));
+	EXPECT_NE(0, stream_events(self->stream, 30000));
+	EXPECT_EQ(0, stream_wait(self->stream, -1, &result));
+	EXPECT_EQ(ECANCELED, result.error);
+	EXPECT_GT(10, lmt_seconds() - begin);
+	ASSERT_EQ(0, pthread_join(thread, NULL));
+}
+
+BLOCKED_TEST(close_stream)
+{
+	double begin = lmt_seconds();
+
+	close(self->stream);
+	self->stream = -1;
+	EXPECT_GT(5, lmt_seconds() - begin);
+	EXPECT_EQ(0, lmt_stop(self->tracker));
+	EXPECT_EQ(0, lmt_start(self->fd, 0, NULL));
+	EXPECT_EQ(0, lmt_stop(self->fd));
+}
+
+/* The region's file lives, and tracks, for as long as the stream has it. */
+BLOCKED_TEST(close_region_first)
+{
+	close(self->tracker);
+	self->tracker = -1;
+	pause_ms(100);
+	EXPECT_EQ(LMTRACK_TRACKED, region_info(self->fd).state);
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, NULL));
+	EXPECT_EQ(LMTRACK_TRACKED, region_info(self->fd).state);
+	close(self->stream);
+	self->stream = -1;
+	EXPECT_TRUE(EVENTUALLY(2, region_info(self->fd).state == LMTRACK_IDLE));
+}
+
+static int read_some(int fd, size_t bytes)
+{
+	char buf[65536];
+	ssize_t n;
+
+	while (bytes) {
+		n = recv(fd, buf, bytes < sizeof(buf) ? bytes : sizeof(buf), 0);
+		if (n <= 0)
+			return -1;
+		bytes -= n;
+	}
+	return 0;
+}
+
+BLOCKED_TEST(peer_closes)
+{
+	struct lmtrack_stream_wait result;
+	char buf[4096];
+
+	EXPECT_EQ(0, read_some(self->pair[1][1], 100000));
+	close(self->pair[1][1]);
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_TRUE(result.error == EPIPE || result.error == ECONNRESET) {
+		TH_LOG("error %u", result.error);
+	}
+	EXPECT_EQ(1, result.channel);
+	EXPECT_EQ(POLLIN | POLLERR, stream_events(self->stream, 0));
+	EXPECT_EQ(-EPIPE, stream_send(self->stream, 2, ALL));
+	EXPECT_EQ(0, lmt_stop(self->tracker));
+	/* The other channel has ended with it: its peer comes to an end, too. */
+	while (recv(self->pair[0][1], buf, sizeof(buf), 0) > 0)
+		;
+}
+
+/* The owner's socket is his no more, but nobody keeps him from shutting it down. */
+BLOCKED_TEST(owner_shuts_down)
+{
+	struct lmtrack_stream_wait result;
+
+	ASSERT_EQ(0, shutdown(self->pair[0][0], SHUT_RDWR));
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_EQ(EPIPE, result.error);
+	EXPECT_EQ(0, result.channel);
+}
+
+BLOCKED_TEST(punch_while_blocked)
+{
+	struct lmtrack_stream_wait result;
+
+	/* The network holds references to some of these pages. */
+	EXPECT_EQ(0, lmt_punch(self->fd, 0, BYTES));
+	EXPECT_EQ(0, lmt_stats(self->fd).resident_pages);
+	memset(self->mem, 1, BYTES);
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	EXPECT_EQ(0, stream_wait(self->stream, 10000, &result));
+	EXPECT_EQ(ECANCELED, result.error);
+}
+
+STREAM_TEST(cancel_before_the_first_round)
+{
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	EXPECT_EQ(-EINVAL, stream_wait(self->stream, 0, NULL));
+	EXPECT_EQ(-EPIPE, stream_send(self->stream, 1, ALL));
+	EXPECT_EQ(0, lmt_stop(self->fd));
+}
+
+/* Peers that have gone between two rounds. */
+STREAM_TEST(peer_gone_before_the_round)
+{
+	struct lmtrack_stream_wait result;
+	uint32_t round = 0;
+
+	memset(self->mem, 1, BYTES);
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	close(self->pair[1]);
+	/* The first bytes may still be taken before the refusal has come. */
+	do {
+		ASSERT_EQ(0, stream_send(self->stream, ++round, ALL));
+		ASSERT_EQ(0, stream_wait(self->stream, 10000, &result));
+	} while (!result.error && round < 3);
+	EXPECT_TRUE(result.error == EPIPE || result.error == ECONNRESET);
+	EXPECT_EQ(0, result.channel);
+}
+
+/* A process is killed in the middle of a round: everything it had is released. */
+static void owner_run(int fd, unsigned char *mem, int tracker, int tell)
+{
+	int stream = stream_create(0), pair[2];
+
+	memset(mem, 3, BYTES);
+	if (stream < 0 || tcp_pair(pair, 65536) || add_channel(stream, pair[0]))
+		_exit(1);
+	if (tracker < 0) {
+		tracker = lmt_reopen(fd);
+		if (tracker < 0 || lmt_start(tracker, 0, NULL))
+			_exit(2);
+	}
+	if (add_region(stream, tracker, 0) || stream_send(stream, 1, ALL) ||
+	    stream_wait(stream, 200, NULL) != -ETIMEDOUT || write(tell, "s", 1) != 1)
+		_exit(3);
+	stream_wait(stream, -1, NULL);
+	_exit(4);
+}
+
+STREAM_TEST(owner_killed)
+{
+	int tell[2], ours;
+	double begin;
+	char byte;
+	pid_t pid;
+
+	ASSERT_EQ(0, pipe(tell));
+	/* It tracks by a file of its own. */
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid)
+		owner_run(self->fd, self->mem, -1, tell[1]);
+	ASSERT_EQ(1, read(tell[0], &byte, 1));
+	begin = lmt_seconds();
+	ASSERT_EQ(0, kill(pid, SIGKILL));
+	EXPECT_EQ(-SIGKILL, child_status(pid));
+	EXPECT_TRUE(EVENTUALLY(5, region_info(self->fd).state == LMTRACK_IDLE));
+	EXPECT_GT(5, lmt_seconds() - begin);
+
+	/* It sends what another process tracks. */
+	ours = lmt_reopen(self->fd);
+	ASSERT_LE(0, ours);
+	ASSERT_EQ(0, lmt_start(ours, 0, NULL));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid)
+		owner_run(self->fd, self->mem, ours, tell[1]);
+	ASSERT_EQ(1, read(tell[0], &byte, 1));
+	EXPECT_EQ(-EBUSY, lmt_stop(ours));
+	ASSERT_EQ(0, kill(pid, SIGKILL));
+	EXPECT_EQ(-SIGKILL, child_status(pid));
+	EXPECT_TRUE(EVENTUALLY(5, !lmt_stop(ours)));
+}
+
+struct canceller {
+	pthread_t thread;
+	int stream;
+	unsigned int ms;
+};
+
+static void *canceller_run(void *arg)
+{
+	struct canceller *c = arg;
+
+	pause_ms(c->ms);
+	stream_cancel(c->stream);
+	return NULL;
+}
+
+/* Streams that end at any point of a round, by cancelling, closing, or both. */
+STREAM_TEST(many_ends)
+{
+	struct lmtrack_stream_wait result;
+	struct canceller canceller;
+	unsigned int turn;
+	int pair[2];
+
+	memset(self->mem, 7, BYTES);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	for (turn = 0; turn < 40; turn++) {
+		canceller.stream = stream_create(0);
+		canceller.ms = turn % 8;
+		ASSERT_LE(0, canceller.stream);
+		ASSERT_EQ(0, tcp_pair(pair, turn % 2 ? 0 : 65536));
+		ASSERT_EQ(0, add_region(canceller.stream, self->fd, 0));
+		ASSERT_EQ(0, add_channel(canceller.stream, pair[0]));
+		ASSERT_EQ(0, stream_send(canceller.stream, 1, ALL));
+		if (turn % 3) {
+			ASSERT_EQ(0, pthread_create(&canceller.thread, NULL, canceller_run,
+						    &canceller));
+			EXPECT_EQ(0, stream_wait(canceller.stream, 20000, &result));
+			EXPECT_TRUE(result.error == ECANCELED || !result.error);
+			ASSERT_EQ(0, pthread_join(canceller.thread, NULL));
+		}
+		close(canceller.stream);
+		close(pair[0]);
+		close(pair[1]);
+	}
+	EXPECT_EQ(0, lmt_stop(self->fd));
+}
+
+/* ---- Threads ---- */
+
+/* The CPUs of the thread of a channel, as the kernel writes them. */
+static bool thread_cpus(const char *thread, char *cpus, size_t size)
+{
+	struct dirent *entry;
+	DIR *proc = opendir("/proc");
+	bool found = false;
+
+	while (proc && !found && (entry = readdir(proc))) {
+		char path[300], line[256];
+		bool ours = false;
+		FILE *f;
+
+		snprintf(path, sizeof(path), "/proc/%s/status", entry->d_name);
+		f = atoi(entry->d_name) > 0 ? fopen(path, "r") : NULL;
+		while (f && fgets(line, sizeof(line), f)) {
+			line[strcspn(line, "\n")] = 0;
+			if (!strncmp(line, "Name:\t", 6))
+				ours = !strcmp(line + 6, thread);
+			if (ours && !strncmp(line, "Cpus_allowed_list:\t", 19)) {
+				found = snprintf(cpus, size, "%s", line + 19) < (int)size;
+			}
+		}
+		if (f)
+			fclose(f);
+	}
+	if (proc)
+		closedir(proc);
+	return found;
+}
+
+STREAM_TEST(cpus)
+{
+	unsigned long mask[32] = { };
+	char cpus[64] = "";
+
+	mask[0] = 1;
+	ASSERT_EQ(0, add_channel_on(self->stream, self->pair[0], mask, 1));
+	ASSERT_TRUE(thread_cpus("lmtrack-0", cpus, sizeof(cpus)));
+	EXPECT_STREQ("0", cpus);
+	if (sysconf(_SC_NPROCESSORS_ONLN) > 1) {
+		/* Longer than the kernel's own, with CPUs in it that do not exist. */
+		memset(mask, 0xff, sizeof(mask));
+		mask[0] = 2;
+		mask[1] = 0;
+		ASSERT_EQ(1, add_channel_on(self->stream, self->pair[1], mask, sizeof(mask)));
+		ASSERT_TRUE(thread_cpus("lmtrack-1", cpus, sizeof(cpus)));
+		EXPECT_EQ(0, strncmp("1", cpus, 1));
+		EXPECT_TRUE(!cpus[1] || cpus[1] == ',');
+	}
+	close(self->stream);
+	self->stream = -1;
+	EXPECT_FALSE(thread_cpus("lmtrack-0", cpus, sizeof(cpus)));
+}
+
+/* ---- Copied or not ---- */
+
+/*
+ * What the peer reads of a page that is written after its round has been handed over. If the
+ * network has a reference, it is the new content: a page that goes by copy is the old one.
+ */
+static int late_write_seen(struct __test_metadata *_metadata, int fd, unsigned char *mem,
+			   int stream, const int pair[2])
+{
+	struct rx_channel ch = { .fd = pair[1] };
+	struct frame frame;
+	static unsigned char page[PAGE];
+
+	memset(mem, 1, PAGE);
+	EXPECT_EQ(0, lmt_start(fd, 0, NULL));
+	EXPECT_EQ(0, add_region(stream, fd, 0));
+	EXPECT_EQ(0, add_channel(stream, pair[0]));
+	EXPECT_EQ(0, stream_send(stream, 1, ALL));
+	EXPECT_EQ(0, stream_wait(stream, 10000, NULL));
+	memset(mem, 2, PAGE);
+	EXPECT_TRUE(read_all(&ch, &frame.head, sizeof(frame.head)));
+	EXPECT_TRUE(read_all(&ch, frame.table, sizeof(frame.table[0])));
+	EXPECT_TRUE(read_all(&ch, page, PAGE));
+	return page[PAGE - 1];
+}
+
+STREAM_TEST(pages_go_by_reference)
+{
+	struct lmtrack_channel_stats stats;
+
+	EXPECT_EQ(2, late_write_seen(_metadata, self->fd, self->mem, self->stream,
+				     self->pair));
+	stats = channel_stats(self->stream, 0);
+	EXPECT_EQ(PAGE, stats.zerocopy_bytes);
+	EXPECT_EQ(0, stats.copied_bytes);
+}
+
+/* kTLS on both ends with the same fixed key. */
+static int tls_enable(int fd, int direction)
+{
+	struct tls12_crypto_info_aes_gcm_128 info = {
+		.info = { .version = TLS_1_2_VERSION, .cipher_type = TLS_CIPHER_AES_GCM_128 },
+		.key = "0123456789abcde", .salt = "sal", .iv = "initial", .rec_seq = "",
+	};
+	int ret = E(setsockopt(fd, SOL_TCP, TCP_ULP, "tls", sizeof("tls")));
+
+	return ret ?: E(setsockopt(fd, SOL_TLS, direction, &info, sizeof(info)));
+}
+
+STREAM_TEST(tls_is_copied)
+{
+	struct lmtrack_channel_stats stats;
+	struct receiver rx;
+	const char *error;
+	int ret;
+
+	ret = tls_enable(self->pair[0], TLS_TX) ?: tls_enable(self->pair[1], TLS_RX);
+	if (ret)
+		SKIP(return, "no TLS in the kernel: %s", strerror(-ret));
+	ASSERT_TRUE(receiver_init(&rx, 1));
+	ASSERT_TRUE(shadow_init(&rx.shadow[0], PAGES));
+	memset(self->mem, 0x33, BYTES / 2);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	ASSERT_TRUE(receiver_start(&rx, self->pair[1]));
+	round_trip(_metadata, self->stream, &rx, 1, ALL);
+	EXPECT_EQ(0, memcmp(self->mem, rx.shadow[0].mem, BYTES));
+	stats = channel_stats(self->stream, 0);
+	EXPECT_EQ(0, stats.zerocopy_bytes);
+	EXPECT_EQ(BYTES / 2, stats.copied_bytes);
+	close(self->stream);
+	self->stream = -1;
+	/* The other end of a TLS connection is told by TLS, which nobody speaks here. */
+	shutdown(self->pair[1], SHUT_RDWR);
+	error = receiver_end(&rx);
+	EXPECT_EQ(NULL, error) {
+		TH_LOG("%s", error);
+	}
+}
+
+/* Two network namespaces with a veth between them; this process ends up in @ns[0]. */
+static int veth_make(int ns[2])
+{
+	char command[512];
+	pid_t pid;
+	int i, ret;
+
+	for (i = 1; i >= 0; i--) {
+		if (unshare(CLONE_NEWNET))
+			return -errno;
+		ns[i] = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+		if (ns[i] < 0)
+			return -errno;
+	}
+	/* A process in the other namespace gives it a name. */
+	pid = fork();
+	if (!pid) {
+		if (setns(ns[1], CLONE_NEWNET))
+			_exit(1);
+		pause();
+		_exit(0);
+	}
+	pause_ms(100);
+	snprintf(command, sizeof(command),
+		 "ip link add lmt0 type veth peer name lmt1 netns %d && "
+		 "ip addr add 10.99.0.1/24 dev lmt0 && ip link set lmt0 up", pid);
+	ret = system(command);
+	if (!ret && setns(ns[1], CLONE_NEWNET))
+		ret = -errno;
+	if (!ret)
+		ret = system("ip addr add 10.99.0.2/24 dev lmt1 && ip link set lmt1 up");
+	if (setns(ns[0], CLONE_NEWNET))
+		ret = -errno;
+	kill(pid, SIGKILL);
+	child_status(pid);
+	return ret;
+}
+
+static int ethtool(const char *device, uint32_t command, uint32_t value)
+{
+	struct ethtool_value data = { .cmd = command, .data = value };
+	struct ifreq request = { .ifr_data = (void *)&data };
+	int sock = socket(AF_INET, SOCK_DGRAM, 0);
+	int ret;
+
+	strcpy(request.ifr_name, device);
+	ret = E(ioctl(sock, SIOCETHTOOL, &request));
+	close(sock);
+	return ret ?: (int)data.data;
+}
+
+static void over_veth(struct __test_metadata *_metadata, int fd, unsigned char *mem,
+		      int stream, bool gather, struct lmtrack_channel_stats *stats)
+{
+	struct receiver rx;
+	const char *error;
+	int ns[2] = { -1, -1 }, pair[2];
+
+	if (veth_make(ns))
+		SKIP(return, "no veth, or no ip command");
+	if (!gather)
+		ASSERT_EQ(0, ethtool("lmt0", ETHTOOL_SSG, 0));
+	ASSERT_EQ(gather, ethtool("lmt0", ETHTOOL_GSG, 0));
+	ASSERT_EQ(0, tcp_pair_between(pair, 0, ns[0], ns[1], "10.99.0.2"));
+	ASSERT_TRUE(receiver_init(&rx, 1));
+	ASSERT_TRUE(shadow_init(&rx.shadow[0], PAGES));
+	memset(mem, 0x44, BYTES / 2);
+	ASSERT_EQ(0, lmt_start(fd, 0, NULL));
+	ASSERT_EQ(0, add_region(stream, fd, 0));
+	ASSERT_EQ(0, add_channel(stream, pair[0]));
+	ASSERT_TRUE(receiver_start(&rx, pair[1]));
+	round_trip(_metadata, stream, &rx, 1, ALL);
+	EXPECT_EQ(0, memcmp(mem, rx.shadow[0].mem, BYTES));
+	*stats = channel_stats(stream, 0);
+	EXPECT_EQ(BYTES / 2, stats->zerocopy_bytes + stats->copied_bytes);
+	shutdown(pair[1], SHUT_RDWR);
+	error = receiver_end(&rx);
+	EXPECT_EQ(NULL, error) {
+		TH_LOG("%s", error);
+	}
+}
+
+STREAM_TEST(veth_with_scatter_gather)
+{
+	struct lmtrack_channel_stats stats = { };
+
+	over_veth(_metadata, self->fd, self->mem, self->stream, true, &stats);
+	printf("# %llu bytes by reference, %llu copied\n",
+	       (unsigned long long)stats.zerocopy_bytes, (unsigned long long)stats.copied_bytes);
+	EXPECT_LE(99 * stats.copied_bytes, stats.zerocopy_bytes);
+}
+
+STREAM_TEST(veth_without_scatter_gather)
+{
+	struct lmtrack_channel_stats stats = { };
+
+	over_veth(_metadata, self->fd, self->mem, self->stream, false, &stats);
+	printf("# %llu bytes by reference, %llu copied\n",
+	       (unsigned long long)stats.zerocopy_bytes, (unsigned long long)stats.copied_bytes);
+	EXPECT_EQ(0, stats.zerocopy_bytes);
+}
+
+TEST_HARNESS_MAIN
