@@ -231,7 +231,8 @@ static int work(void *data)
 	ret = prepare(m);
 	if (!ret) {
 		ret = run_engine(m);
-		tell = true;
+		/* A table of nothing tells nothing. */
+		tell |= m->report.state_ns[KMIG_STATE_CAPACITY] > 0;
 	}
 	if (m->report.verdict == KMIG_COMPLETED)
 		wait_for_quit(m);

@@ -323,7 +323,8 @@ static int work(void *data)
 		ret = listen_here(r);
 	if (!ret) {
 		ret = run_engine(r);
-		tell = true;
+		/* A table of nothing tells nothing. */
+		tell |= r->report.state_ns[KMIG_STATE_CAPACITY] > 0;
 	}
 	code = tell_outcome(r);
 	if (code == EXIT_DONE)

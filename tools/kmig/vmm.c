@@ -158,17 +158,21 @@ static int check_backends(struct vmm *v, struct json_object *list, char path[128
 {
 	struct json_object *dev = json_object_array_get_idx(list, 0);
 	size_t n = json_object_array_length(list);
+	int err;
 
 	if (!n)
 		return fail(EINVAL, "the guest's memory is not an lmtrack region: "
 			    "start QEMU with 'kmig qemu run'");
 	if (n > 1)
 		return fail(EINVAL, "the guest has %zu memory backends; one can be migrated", n);
+	err = memory_path(v, text_of(dev, "id"), path);
+	if (err)
+		return err;
 	if (!flag_of(dev, "share"))
 		return fail(EINVAL, "the guest's memory '%s' is not shared: it needs share=on",
 			    text_of(dev, "id"));
 	*bytes = number_of(dev, "size");
-	return memory_path(v, text_of(dev, "id"), path);
+	return 0;
 }
 
 static int check_total(struct vmm *v, uint64_t bytes)
