@@ -154,6 +154,8 @@ static void greet(struct kmig_acceptor *acceptor, struct kmig_guest *guest)
 		return;
 	}
 	guest->greeted = true;
+	/* A new step, a new wait; and how long ours took is not the guest's fault. */
+	guest->since_ns = kmig_now_ns();
 }
 
 static bool prove(struct kmig_acceptor *acceptor, struct kmig_guest *guest, struct kmig_session *session)

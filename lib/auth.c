@@ -37,6 +37,16 @@ static int hmac(const void *key, size_t key_len, const struct part *parts, unsig
 	return ok ? 0 : -EIO;
 }
 
+int kmig_auth_init(void)
+{
+	uint8_t key[KMIG_KEY_SIZE], out[KMIG_KEY_SIZE];
+	struct part part = { "", 0 };
+
+	if (RAND_bytes(key, sizeof(key)) != 1)
+		return -EIO;
+	return hmac(key, sizeof(key), &part, 1, out);
+}
+
 int kmig_auth_hello(uint32_t page_size, struct kmig_hello *hello)
 {
 	hello->body = (struct lmtrack_wire_hello){

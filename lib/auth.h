@@ -29,6 +29,12 @@ struct kmig_session {
 	uint8_t destination[KMIG_KEY_SIZE];	/* seals what the destination sends */
 };
 
+/*
+ * The first use of randomness and cryptography takes a while, seconds on a machine that has
+ * just booted: do that while nobody waits. -EIO when either does not work.
+ */
+int kmig_auth_init(void);
+
 /* A HELLO of ours with a fresh nonce; -EIO when there is no randomness. */
 int kmig_auth_hello(uint32_t page_size, struct kmig_hello *hello);
 

@@ -87,6 +87,8 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 		else
 			memcpy(destination->secret, opts.secret, opts.secret_len);
 	}
+	if (!err && kmig_auth_init())
+		err = kmig_fail(ctx, -EIO, "destination: no randomness or no HMAC-SHA256 to be had from OpenSSL");
 	if (!err) {
 		destination->listen_fd = kmig_net_listen(ctx, opts.host ? opts.host : "127.0.0.1", opts.port);
 		if (destination->listen_fd < 0)

@@ -289,6 +289,8 @@ static int hello(struct kmig_source *source)
 {
 	int fd, err;
 
+	if (kmig_auth_init())
+		return kmig_fail(source->ctx, -EIO, "source: no randomness or no HMAC-SHA256 to be had from OpenSSL");
 	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd);
 	if (fd < 0)
 		return fd;
