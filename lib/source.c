@@ -494,6 +494,9 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 		return kmig_fail(source->ctx, -errno, "waiting: %s", strerror(errno));
 	if (fds[1].revents)
 		return kmig_fail(source->ctx, -ECANCELED, "aborted");
+	/* The caller looks itself whether they are done; here it only ends the wait, once. */
+	if (fds[3].revents)
+		kmig_workers_busy(&source->digest.workers);
 	while ((n = kmig_control_next(&source->control, &message)) > 0) {
 		err = handle(source, &message);
 		if (err)
