@@ -92,7 +92,9 @@ install: modules lib tools
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d tools/setup/60-lmtrack.rules
 	@for k in $(KERNELS); do \
 		$(MAKE) --no-print-directory -C $(call kdir,$$k) M=$(O)/kmod-$$k \
-			INSTALL_MOD_PATH=$(DESTDIR) INSTALL_MOD_DIR=updates modules_install || exit 1; \
+			INSTALL_MOD_PATH=$(DESTDIR) INSTALL_MOD_DIR=updates CONFIG_MODULE_SIG_ALL= \
+			DEPMOD=true modules_install && \
+		if [ -z "$(DESTDIR)" ]; then depmod $$k; fi || exit 1; \
 	done
 
 # What was fetched by tools/setup/install stays.
