@@ -93,7 +93,7 @@ install: modules lib tools
 	@for k in $(KERNELS); do \
 		$(MAKE) --no-print-directory -C $(call kdir,$$k) M=$(O)/kmod-$$k \
 			INSTALL_MOD_PATH=$(DESTDIR) INSTALL_MOD_DIR=updates CONFIG_MODULE_SIG_ALL= \
-			DEPMOD=true modules_install && \
+			modules_install && \
 		if [ -z "$(DESTDIR)" ]; then depmod $$k; fi || exit 1; \
 	done
 
