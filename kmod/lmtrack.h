@@ -62,6 +62,9 @@ struct lmtrack_request {
 long lmtrack_serve(struct file *file, const struct lmtrack_request *table, size_t entries,
 		   unsigned int cmd, unsigned long uarg);
 
+/* For what must not be done or waited for where it becomes due. main.c ends it last. */
+extern struct workqueue_struct *lmtrack_wq;
+
 /* ---- Regions (region.c) ---- */
 
 /**
@@ -112,7 +115,7 @@ struct lmtrack_region_counters {
  * @senders:	streams that are sending a round of this region
  * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
  * @harvested:	pages cleared
- * @repinned:	pages left dirty because they were pinned
+ * @repinned:	pages left dirty because somebody held them for I/O
  */
 struct lmtrack_region {
 	struct inode *inode;
@@ -144,16 +147,14 @@ struct lmtrack_region {
 
 long lmtrack_region_create(struct file *file, void *arg);
 struct lmtrack_region *lmtrack_region_of(struct file *file);
-int lmtrack_region_fs_pin(void);
-void lmtrack_region_fs_unpin(void);
+void lmtrack_region_hold(struct lmtrack_region *region);
+void lmtrack_region_put(struct lmtrack_region *region);
 struct lmtrack_chunk *lmtrack_chunk_get(struct lmtrack_region *region, unsigned long index);
 extern const struct vm_operations_struct lmtrack_vm_ops_idle;
 extern const struct vm_operations_struct lmtrack_vm_ops_tracked;
 
 /* ---- Tracking (track.c) ---- */
 
-int lmtrack_track_init(void);
-void lmtrack_track_exit(void);
 void lmtrack_track_flip_work(struct work_struct *work);
 
 int lmtrack_mm_add(struct lmtrack_region *region, struct vm_area_struct *vma, gfp_t gfp);

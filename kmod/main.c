@@ -4,7 +4,7 @@
  *
  * Lifetimes: an open /dev/lmtrack holds the module; so does every region's file, the
  * regions' file system while a region exists, and every stream. When none of them is left
- * no code of the module can run but the flip worker, which lmtrack_track_exit() waits for.
+ * no code of the module can run but the workers', which lmtrack_exit() waits for.
  */
 #include <linux/miscdevice.h>
 #include <linux/module.h>
@@ -90,23 +90,25 @@ static struct miscdevice lmtrack_device = {
 	.mode = 0660,
 };
 
+struct workqueue_struct *lmtrack_wq;
+
 static int __init lmtrack_init(void)
 {
 	int ret;
 
-	ret = lmtrack_track_init();
-	if (ret)
-		return ret;
+	lmtrack_wq = alloc_workqueue("lmtrack", WQ_UNBOUND, 0);
+	if (!lmtrack_wq)
+		return -ENOMEM;
 	ret = misc_register(&lmtrack_device);
 	if (ret)
-		lmtrack_track_exit();
+		destroy_workqueue(lmtrack_wq);
 	return ret;
 }
 
 static void __exit lmtrack_exit(void)
 {
 	misc_deregister(&lmtrack_device);
-	lmtrack_track_exit();
+	destroy_workqueue(lmtrack_wq);
 }
 
 module_init(lmtrack_init);

@@ -9,7 +9,7 @@
  *
  * Lifetimes: the inode owns struct lmtrack_region (i_private), made before the inode can be
  * seen and freed in evict_inode, when no file, mapping or worker refers to it any more. Each
- * inode holds the file system mounted, the mount holds the module.
+ * inode keeps the file system mounted, the mount keeps the module.
  *
  * A page's chunk exists before the page does and stays for as long as the region. What a
  * fault does beyond finding or making the page is in track.c.
@@ -196,8 +196,11 @@ static bool region_dirty_folio(struct address_space *mapping, struct folio *foli
 {
 	struct lmtrack_region *region = region_of_mapping(mapping);
 
-	if (READ_ONCE(region->state) != LMTRACK_IDLE)
+	if (READ_ONCE(region->state) != LMTRACK_IDLE) {
+		/* The caller's data are there before we look whether the page is marked already. */
+		smp_mb();
 		lmtrack_mark_dirty(region, folio->index);
+	}
 	return noop_dirty_folio(mapping, folio);
 }
 
@@ -427,6 +430,27 @@ static const struct inode_operations region_iops = {
 
 /* ---- Inode and file system ---- */
 
+/*
+ * The file system is mounted while it has inodes. The last of them may go from within an
+ * operation on the file system itself (drop_caches holds its s_umount), which the end of the
+ * mount would wait for: a worker lets go of it.
+ */
+static atomic_t region_unpins;
+
+static void region_unpin_work(struct work_struct *work)
+{
+	while (atomic_add_unless(&region_unpins, -1, 0))
+		simple_release_fs(&region_mount, &region_mount_users);
+}
+
+static DECLARE_WORK(region_unpin, region_unpin_work);
+
+static void region_fs_unpin(void)
+{
+	atomic_inc(&region_unpins);
+	queue_work(lmtrack_wq, &region_unpin);
+}
+
 static void region_free(struct lmtrack_region *region)
 {
 	struct lmtrack_chunk *chunk;
@@ -448,7 +472,7 @@ static void region_evict_inode(struct inode *inode)
 	if (!region)
 		return;
 	region_free(region);
-	lmtrack_region_fs_unpin();
+	region_fs_unpin();
 }
 
 static const struct super_operations region_sops = {
@@ -473,19 +497,29 @@ static struct file_system_type region_fs_type = {
 	.kill_sb = kill_anon_super,
 };
 
-/*
- * The file system is mounted while it has users: the inodes, and the flip worker while it
- * holds one, because the last reference to the mount must not be dropped from within the
- * eviction of one of its inodes.
- */
-int lmtrack_region_fs_pin(void)
+static int region_fs_pin(void)
 {
 	return simple_pin_fs(&region_fs_type, &region_mount, &region_mount_users);
 }
 
-void lmtrack_region_fs_unpin(void)
+/**
+ * lmtrack_region_hold() - keep a region for a worker
+ * @region:	held by the caller in some other way
+ *
+ * Keeps the file system, too: it must outlive the eviction that the last put may bring.
+ */
+void lmtrack_region_hold(struct lmtrack_region *region)
 {
-	simple_release_fs(&region_mount, &region_mount_users);
+	/* Cannot fail where the region already keeps the file system mounted. */
+	WARN_ON_ONCE(region_fs_pin());
+	ihold(region->inode);
+}
+
+/* The end of lmtrack_region_hold(). */
+void lmtrack_region_put(struct lmtrack_region *region)
+{
+	iput(region->inode);
+	region_fs_unpin();
 }
 
 static struct lmtrack_region *region_alloc(const struct lmtrack_region_create *create)
@@ -519,7 +553,7 @@ static struct inode *region_new_inode(const struct lmtrack_region_create *create
 	struct inode *inode;
 	int ret;
 
-	ret = lmtrack_region_fs_pin();
+	ret = region_fs_pin();
 	if (ret)
 		return ERR_PTR(ret);
 	region = region_alloc(create);
@@ -538,6 +572,7 @@ static struct inode *region_new_inode(const struct lmtrack_region_create *create
 	inode->i_mode = S_IFREG | 0600;
 	inode->i_uid = current_fsuid();
 	inode->i_gid = current_fsgid();
+	inode->i_flags |= S_NOCMTIME;
 	inode->i_op = &region_iops;
 	inode->i_fop = &region_fops;
 	inode->i_size = create->region_size;
@@ -550,7 +585,7 @@ static struct inode *region_new_inode(const struct lmtrack_region_create *create
 err_free:
 	region_free(region);
 err_unpin:
-	lmtrack_region_fs_unpin();
+	region_fs_unpin();
 	return ERR_PTR(ret);
 }
 

@@ -228,6 +228,9 @@ static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long
 	for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES) {
 		struct folio *folio = channel->folios[bit];
 
+		/* Reading it could stop the host. */
+		if (folio && PageHWPoison(folio_page(folio, 0)))
+			return -EHWPOISON;
 		if (!folio || (stream->zero_detect && folio_is_zero(folio)))
 			__set_bit(bit, zero);
 	}
@@ -270,7 +273,6 @@ static int channel_send_region(struct lmtrack_channel *channel, u32 number,
 		ret = READ_ONCE(stream->error);
 		if (ret)
 			break;
-		memset(channel->folios, 0, LMTRACK_CHUNK_PAGES * sizeof(*channel->folios));
 		if (!lmtrack_chunk_take(region, index, all, taken, channel->folios))
 			continue;
 		ret = send_chunk(channel, number, index, taken, count);

@@ -46,35 +46,42 @@ static int tcp_attach(struct lmtrack_channel *channel, int fd)
 	return ret;
 }
 
-/* Send all that the message has; a socket with a send timeout may take it in pieces. */
+/*
+ * Send all that the message has. A socket with a send timeout may take it in pieces and with
+ * pauses: how long a peer may be silent is for the caller to decide, who can shut it down.
+ */
 static int tcp_send_message(struct socket *sock, struct msghdr *msg)
 {
 	int ret;
 
 	while (msg_data_left(msg)) {
 		ret = sock_sendmsg(sock, msg);
-		if (ret <= 0)
+		if (ret <= 0 && ret != -EAGAIN)
 			return ret ?: -EPIPE;
 	}
 	return 0;
 }
 
-static int tcp_send_head(struct socket *sock, void *head, size_t bytes, int flags)
+static int tcp_send_bytes(struct socket *sock, void *base, size_t bytes, int flags)
 {
-	struct kvec vec = { .iov_base = head, .iov_len = bytes };
+	struct kvec vec = { .iov_base = base, .iov_len = bytes };
 	struct msghdr msg = { .msg_flags = flags };
 
 	iov_iter_kvec(&msg.msg_iter, ITER_SOURCE, &vec, 1, bytes);
 	return tcp_send_message(sock, &msg);
 }
 
-static int tcp_send_bvec(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
-			 int flags)
+/* For what sits above TCP: plain buffers, or TLS would keep the pages and encrypt them later. */
+static int tcp_copy_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
+			  int flags)
 {
-	struct msghdr msg = { .msg_flags = flags };
+	unsigned int i;
+	int ret = 0;
 
-	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, bvec, pages, (size_t)pages << PAGE_SHIFT);
-	return tcp_send_message(sock, &msg);
+	for (i = 0; !ret && i < pages; i++)
+		ret = tcp_send_bytes(sock, page_address(bvec[i].bv_page), PAGE_SIZE,
+				     flags | (i + 1 < pages ? MSG_MORE : 0));
+	return ret;
 }
 
 /* 6.5 replaced kernel_sendpage() by a flag of sendmsg(). */
@@ -92,9 +99,9 @@ static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned in
 		while (sent < PAGE_SIZE) {
 			ret = kernel_sendpage(sock, bvec[i].bv_page, sent, PAGE_SIZE - sent,
 					      flags | more);
-			if (ret <= 0)
+			if (ret <= 0 && ret != -EAGAIN)
 				return ret ?: -EPIPE;
-			sent += ret;
+			sent += max(ret, 0);
 		}
 	}
 	return 0;
@@ -103,7 +110,10 @@ static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned in
 static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
 			  int flags)
 {
-	return tcp_send_bvec(sock, bvec, pages, flags | MSG_SPLICE_PAGES);
+	struct msghdr msg = { .msg_flags = flags | MSG_SPLICE_PAGES };
+
+	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, bvec, pages, (size_t)pages << PAGE_SHIFT);
+	return tcp_send_message(sock, &msg);
 }
 #endif
 
@@ -134,10 +144,10 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	ktime_t begin = ktime_get();
 	int ret;
 
-	ret = tcp_send_head(sock, head, head_bytes, flags | (pages ? MSG_MORE : 0));
+	ret = tcp_send_bytes(sock, head, head_bytes, flags | (pages ? MSG_MORE : 0));
 	if (!ret && pages)
 		ret = plain ? tcp_send_pages(sock, bvec, pages, flags) :
-			      tcp_send_bvec(sock, bvec, pages, flags);
+			      tcp_copy_pages(sock, bvec, pages, flags);
 	channel->stats.blocked_ns += ktime_to_ns(ktime_sub(ktime_get(), begin));
 	if (ret)
 		return ret;

@@ -23,9 +23,12 @@
  * cannot come into being.
  *
  * Protection clears the write bit and the dirty bit of the page table entries. With the dirty
- * bit left behind, NUMA hint faults and mprotect() make a shared entry writable without
- * asking. A page that is pinned for I/O is written without any entry: it is marked again in
- * every harvest for as long as it is pinned.
+ * bit left behind, mprotect() and userfaultfd make a shared entry writable without asking, and
+ * without the folio's lock, so at any instant: see pages_protect(). NUMA hint faults would,
+ * too, but leave dirty file folios alone, and a region's always are.
+ *
+ * A page that is held for I/O is written without any entry: it is marked again in every
+ * harvest for as long as it is held.
  *
  * Locks: see lmtrack.h. The list of processes holds their mm_struct (mmgrab), not their
  * address space; an entry goes when the last mapping of its process does.
@@ -57,8 +60,6 @@ static bool use_mkclean;
 module_param(use_mkclean, bool, 0444);
 MODULE_PARM_DESC(use_mkclean,
 		 "Protect page by page, as on kernels without CONFIG_MAPPING_DIRTY_HELPERS");
-
-static struct workqueue_struct *flip_wq;
 
 /* ---- The processes that map a region ---- */
 
@@ -206,7 +207,8 @@ static struct mm_struct *flip_next(struct lmtrack_region *region)
 			mm = entry->mm;
 			break;
 		}
-		/* It is exiting: nothing can be written through it any more. */
+		/* It is exiting: nothing can be written through it any more, but by pins. */
+		mm_note_pins(region, entry->mm);
 		entry->flip_seq = region->flip_seq;
 	}
 	spin_unlock(&region->mms_lock);
@@ -230,6 +232,9 @@ static void flip_mm(struct lmtrack_region *region, struct mm_struct *mm)
 	spin_unlock(&region->mms_lock);
 
 	for_each_vma(vmi, vma) {
+		/* A fork that failed half-way left this behind; no mapping of its own follows. */
+		if (xa_is_zero(vma))
+			break;
 		if (!vma->vm_file || lmtrack_region_of(vma->vm_file) != region)
 			continue;
 		vma_start_write(vma);
@@ -262,7 +267,8 @@ static int flip(struct lmtrack_region *region, bool killable)
 			flip_mm(region, mm);
 			mmap_write_unlock(mm);
 		}
-		mmput(mm);
+		/* Should it be the last user, the end of the process is not ours to wait for. */
+		mmput_async(mm);
 	}
 	return ret;
 }
@@ -270,26 +276,19 @@ static int flip(struct lmtrack_region *region, bool killable)
 void lmtrack_track_flip_work(struct work_struct *work)
 {
 	struct lmtrack_region *region = container_of(work, struct lmtrack_region, flip_work);
-	struct inode *inode = region->inode;
 
 	mutex_lock(&region->flip_lock);
 	flip(region, false);
 	mutex_unlock(&region->flip_lock);
-	iput(inode);
-	lmtrack_region_fs_unpin();
+	lmtrack_region_put(region);
 }
 
-/* For those who cannot wait. The worker holds the inode and the mount; see region.c. */
+/* For those who cannot wait. */
 static void flip_later(struct lmtrack_region *region)
 {
-	/* Cannot fail: the region itself keeps the file system mounted. */
-	if (WARN_ON_ONCE(lmtrack_region_fs_pin()))
-		return;
-	ihold(region->inode);
-	if (!queue_work(flip_wq, &region->flip_work)) {
-		iput(region->inode);
-		lmtrack_region_fs_unpin();
-	}
+	lmtrack_region_hold(region);
+	if (!queue_work(lmtrack_wq, &region->flip_work))
+		lmtrack_region_put(region);
 }
 
 /* ---- Marking ---- */
@@ -427,16 +426,17 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
  * folios where they are until their own lock does: no reference is needed. An xarray node has
  * as many slots as the word has bits: one descent finds them all.
  *
- * Return: the bits cleared.
+ * Return: the bits cleared; *present: those whose pages exist and are in @folios.
  */
 static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t first,
 				     unsigned long *word, unsigned long want,
-				     struct folio **folios)
+				     struct folio **folios, unsigned long *present)
 {
 	unsigned long dirty = READ_ONCE(*word) & want;
 	struct folio *folio;
 	XA_STATE(xas, &mapping->i_pages, first);
 
+	*present = 0;
 	if (!dirty)
 		return 0;
 	xas_set(&xas, first + __ffs(dirty));
@@ -451,27 +451,44 @@ static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t firs
 			break;
 		}
 		folios[bit] = folio;
+		*present |= BIT(bit);
 	}
 	atomic_long_andnot(dirty, (atomic_long_t *)word);
 	xas_unlock_irq(&xas);
 	return dirty;
 }
 
-/* Write-protect pages @from to @to - 1 of the chunk at @first; the dirty ones are locked. */
-static void pages_protect(struct address_space *mapping, pgoff_t first, unsigned int from,
-			  unsigned int to)
+static void pages_clean(struct address_space *mapping, pgoff_t first, unsigned int from,
+			unsigned int to, unsigned long *dirty)
 {
-	DECLARE_BITMAP(cleaned, LMTRACK_CHUNK_PAGES);
 	pgoff_t start = 0, end = 0;
 
+	clean_record_shared_mapping_range(mapping, first + from, to - from, first, dirty, &start,
+					  &end);
+}
+
+/*
+ * Write-protect pages @from to @to - 1 of the chunk at @first; the dirty ones are locked.
+ *
+ * An entry that is dirty can be made writable behind our back between two passes. One that is
+ * clean cannot: that takes page_mkwrite, which waits for the lock. So clean, protect, and look
+ * again: an entry that is clean in the last pass was clean or protected ever since the second,
+ * and stays protected. One that is dirty again was written meanwhile: its page goes into
+ * @again, to be marked.
+ */
+static void pages_protect(struct address_space *mapping, pgoff_t first, unsigned int from,
+			  unsigned int to, unsigned long *again)
+{
+	DECLARE_BITMAP(dirty, LMTRACK_CHUNK_PAGES);
+
+	pages_clean(mapping, first, from, to, dirty);
 	wp_shared_mapping_range(mapping, first + from, to - from);
-	clean_record_shared_mapping_range(mapping, first + from, to - from, first + from,
-					  cleaned, &start, &end);
+	pages_clean(mapping, first, from, to, again);
 }
 
 static void batch_protect(struct address_space *mapping, pgoff_t first,
 			  const unsigned long *present, struct folio **folios,
-			  unsigned int join)
+			  unsigned int join, unsigned long *again)
 {
 	unsigned int from = 0, to = 0, run, run_end, bit;
 
@@ -484,7 +501,7 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
 	}
 	for_each_set_bitrange(run, run_end, present, LMTRACK_CHUNK_PAGES) {
 		if (to && run - to > join) {
-			pages_protect(mapping, first, from, to);
+			pages_protect(mapping, first, from, to, again);
 			from = run;
 		} else if (!to) {
 			from = run;
@@ -492,7 +509,22 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
 		to = run_end;
 	}
 	if (to)
-		pages_protect(mapping, first, from, to);
+		pages_protect(mapping, first, from, to, again);
+}
+
+/*
+ * Can somebody write the page who needs no page table entry? Who does, holds it: with a pin,
+ * that is a thousand references, or with a plain one, as direct I/O does in 6.1 and KVM for
+ * the guests of a guest. Others are the page cache, each mapping, and who is about to put the
+ * page on an LRU list. The folio is locked, so it cannot be mapped anew meanwhile; whoever
+ * else holds it for an instant makes the page be sent once more than needed.
+ */
+static bool folio_held(const struct folio *folio)
+{
+	int refs = folio_ref_count(folio);
+	int mappings = atomic_read(&folio->_mapcount) + 1;
+
+	return refs > 1 + mappings + !folio_test_lru((struct folio *)folio);
 }
 
 /*
@@ -500,7 +532,7 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
  * others are held, bar the first. @folios gets the pages; where the caller keeps them they
  * stay referenced.
  *
- * Return: pages that stay dirty because they are pinned. *blocked: the page at which the batch
+ * Return: pages that stay dirty because they are held. *blocked: the page at which the batch
  * ended, or LMTRACK_CHUNK_PAGES.
  */
 static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
@@ -511,22 +543,22 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 	struct address_space *mapping = region->inode->i_mapping;
 	pgoff_t first = index * LMTRACK_CHUNK_PAGES;
 	DECLARE_BITMAP(present, LMTRACK_CHUNK_PAGES);
-	DECLARE_BITMAP(pinned, LMTRACK_CHUNK_PAGES);
-	unsigned int word, bit, repinned = 0;
+	DECLARE_BITMAP(again, LMTRACK_CHUNK_PAGES);
+	unsigned int word, bit, held = 0;
 
 	bitmap_zero(present, LMTRACK_CHUNK_PAGES);
-	bitmap_zero(pinned, LMTRACK_CHUNK_PAGES);
+	bitmap_zero(again, LMTRACK_CHUNK_PAGES);
 	*blocked = LMTRACK_CHUNK_PAGES;
 	for (word = 0; word < ARRAY_SIZE(chunk->dirty); word++) {
 		unsigned int base = word * BITS_PER_LONG;
-		unsigned long cleared, left;
+		unsigned long cleared, holes, left;
 
 		cleared = word_lock_clear(mapping, first + base, &chunk->dirty[word],
-					  want[word] & ~taken[word], folios + base);
+					  want[word] & ~taken[word], folios + base,
+					  &present[word]);
 		taken[word] |= cleared;
-		for_each_set_bit(bit, &cleared, BITS_PER_LONG)
-			if (folios[base + bit])
-				__set_bit(base + bit, present);
+		for (holes = cleared & ~present[word]; holes; holes &= holes - 1)
+			folios[base + __ffs(holes)] = NULL;
 		left = READ_ONCE(chunk->dirty[word]) & want[word] & ~taken[word];
 		if (left) {
 			*blocked = base + __ffs(left);
@@ -534,19 +566,17 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 		}
 	}
 
-	batch_protect(mapping, first, present, folios, join);
+	batch_protect(mapping, first, present, folios, join, again);
 	/* Pairs with GUP-fast, which takes its reference before it looks at the entry again. */
 	smp_mb();
 	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
-		struct folio *folio = folios[bit];
-
-		if (unlikely(folio_maybe_dma_pinned(folio))) {
-			__set_bit(bit, pinned);
-			repinned++;
+		if (unlikely(folio_held(folios[bit]))) {
+			__set_bit(bit, again);
+			held++;
 		}
 	}
-	if (repinned)
-		chunk_mark(region, chunk, index, pinned);
+	if (!bitmap_empty(again, LMTRACK_CHUNK_PAGES))
+		chunk_mark(region, chunk, index, again);
 	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
 		struct folio *folio = folios[bit];
 
@@ -554,7 +584,7 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 			folio_get(folio);
 		folio_unlock(folio);
 	}
-	return repinned;
+	return held;
 }
 
 /* Whoever holds the lock is about to map the page, to move it or to punch it out. */
@@ -571,8 +601,8 @@ static void page_wait(struct address_space *mapping, pgoff_t page)
 /*
  * Take what is dirty among the pages wanted: clear their bits, protect them again.
  *
- * @folios has room for a chunk, all NULL; with @keep it comes back with a reference to each
- * page taken that exists, else with nothing of meaning.
+ * @folios has room for a chunk. For each page taken it gets the folio, or NULL if there is
+ * none; with @keep the caller owns a reference to each.
  *
  * Return: the number of pages taken; they are the bits in @taken.
  */
@@ -647,7 +677,7 @@ bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, boo
  * @index:	the chunk's number
  * @all:	every page that exists, not only dirty ones
  * @taken:	out: the pages
- * @folios:	room for a chunk, all NULL; out: a reference to each page taken that exists
+ * @folios:	room for a chunk; out, for each page taken: its folio, referenced, or NULL
  *
  * Return: the number of pages taken.
  */
@@ -716,6 +746,8 @@ long lmtrack_track_start(struct file *file, void *arg)
 	long ret = 0;
 
 	start->pinned = 0;
+	if (!(file->f_mode & FMODE_WRITE))
+		return -EACCES;
 	if (mutex_lock_killable(&region->flip_lock))
 		return -EINTR;
 
@@ -843,12 +875,10 @@ static int dirty_get_chunk(struct lmtrack_region *region, struct file *file,
 	if (mutex_lock_killable(&region->harvest_lock))
 		return -EINTR;
 	ret = track_check(region, file);
-	if (!ret && clear) {
-		memset(folios, 0, LMTRACK_CHUNK_PAGES * sizeof(*folios));
+	if (!ret && clear)
 		chunk_harvest(region, chunk, index, want, found, folios, false);
-	} else if (!ret) {
+	else if (!ret)
 		chunk_peek(region, chunk, index, want, found);
-	}
 	mutex_unlock(&region->harvest_lock);
 	if (ret)
 		return ret;
@@ -898,15 +928,4 @@ long lmtrack_dirty_get(struct file *file, void *arg)
 	}
 	kfree(folios);
 	return ret;
-}
-
-int lmtrack_track_init(void)
-{
-	flip_wq = alloc_workqueue("lmtrack", WQ_UNBOUND, 0);
-	return flip_wq ? 0 : -ENOMEM;
-}
-
-void lmtrack_track_exit(void)
-{
-	destroy_workqueue(flip_wq);
 }

@@ -16,6 +16,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -262,23 +263,29 @@ static unsigned int some_page(struct actor *actor, unsigned int span)
 	return next_random(&actor->seed) % (PAGES - span);
 }
 
-/* Read-only and back: may a shared page become writable without being noticed? */
+/*
+ * Read-only and back: may a shared page become writable without being noticed? The protection
+ * changes while pages are written and harvested, so at any instant of a harvest.
+ */
 static bool act_mprotect(struct actor *actor)
 {
-	unsigned int page = some_page(actor, 64);
-	volatile uint64_t *word = (uint64_t *)(actor->memory + page * PAGE) + WORDS - 1;
+	unsigned int span = 16 << next_random(&actor->seed) % 4;
+	unsigned int page = some_page(actor, span);
+	char *memory = actor->memory + page * PAGE;
 
-	if (mprotect(actor->memory + page * PAGE, 64 * PAGE, PROT_READ))
-		return false;
-	if (mprotect(actor->memory + page * PAGE, 64 * PAGE, PROT_READ | PROT_WRITE))
-		return false;
-	++*word;
+	for (unsigned int i = 0; i < 8; i++) {
+		if (mprotect(memory, span * PAGE, PROT_READ) ||
+		    mprotect(memory, span * PAGE, PROT_READ | PROT_WRITE))
+			return false;
+		for (unsigned int n = 0; n < span; n++)
+			((volatile uint64_t *)(memory + n * PAGE))[WORDS - 1]++;
+	}
 	return true;
 }
 
-TEST_F_TIMEOUT(race, mprotect, 120)
+TEST_F_TIMEOUT(race, mprotect, 180)
 {
-	EXPECT_TRUE(run_actor(_metadata, self, act_mprotect, 300));
+	EXPECT_TRUE(run_actor(_metadata, self, act_mprotect, 150));
 }
 
 static bool act_punch(struct actor *actor)
@@ -400,7 +407,7 @@ static int write_file(const char *path, const char *text)
 	return ret;
 }
 
-/* The balancer unmaps pages to see who touches them; this asks for the same at once. */
+/* The balancer unmaps pages to see who touches them, and from where. */
 static bool act_numa(struct actor *actor)
 {
 	volatile uint64_t *word = (uint64_t *)(actor->memory + some_page(actor, 1) * PAGE);
@@ -415,11 +422,19 @@ static bool act_numa(struct actor *actor)
 
 TEST_F_TIMEOUT(race, numa_balancing, 180)
 {
+	const char *scan = "/sys/kernel/debug/sched/numa_balancing";
+	char path[96];
+
 	if (nodes() < 2)
 		SKIP(return, "one NUMA node only: boot with numa=fake=2");
+	mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL);
 	ASSERT_EQ(write_file("/proc/sys/kernel/numa_balancing", "1"), 0);
-	write_file("/sys/kernel/debug/sched/numa_balancing/scan_period_min_ms", "10");
-	write_file("/sys/kernel/debug/sched/numa_balancing/scan_delay_ms", "10");
+	snprintf(path, sizeof(path), "%s/scan_period_min_ms", scan);
+	EXPECT_EQ(write_file(path, "10"), 0);
+	snprintf(path, sizeof(path), "%s/scan_period_max_ms", scan);
+	EXPECT_EQ(write_file(path, "20"), 0);
+	snprintf(path, sizeof(path), "%s/scan_delay_ms", scan);
+	EXPECT_EQ(write_file(path, "1"), 0);
 	EXPECT_TRUE(run_actor(_metadata, self, act_numa, 300));
 	write_file("/proc/sys/kernel/numa_balancing", "0");
 }

@@ -215,7 +215,7 @@ struct lmtrack_wire_regions {
 };
 
 /**
- * struct lmtrack_wire_round_ack - ROUND_ACK: the round is stored, ROUND_END of every channel included
+ * struct lmtrack_wire_round_ack - ROUND_ACK: the round is stored, up to every channel's ROUND_END
  * @round:	the round
  * @reserved:	zero
  * @pages:	pages stored in it
@@ -307,7 +307,7 @@ struct lmtrack_wire_abort {
 	__u8 text[];
 };
 
-/* From a destination: it has not run the guest and never will; the source may, even after COMMIT. */
+/* From a destination: it never ran the guest and never will; the source may, even after COMMIT. */
 #define LMTRACK_ABORT_NOT_RUN	(1U << 0)
 #define LMTRACK_ABORT_TEXT_MAX	256
 
