@@ -564,8 +564,8 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 	return 0;
 }
 
-/* Look at what is dirty, without changing it. */
-static int peek(struct kmig_source *source, uint64_t *dirty)
+/* Look at what is dirty, without changing it; @more: beside what was seen last time. */
+static int peek(struct kmig_source *source, uint64_t *dirty, bool more)
 {
 	double seconds = (kmig_now_ns() - source->round_begin_ns) / 1e9;
 
@@ -574,7 +574,8 @@ static int peek(struct kmig_source *source, uint64_t *dirty)
 		uint64_t pages = kmig_region_pages(source->regions[i]), found;
 		int err;
 
-		memset(source->dirty[i], 0, kmig_words(pages) * sizeof(uint64_t));
+		if (!more)
+			memset(source->dirty[i], 0, kmig_words(pages) * sizeof(uint64_t));
 		err = kmig_region_dirty_get(source->regions[i], false, 0, pages, source->dirty[i], &found);
 		if (err)
 			return err;
@@ -615,7 +616,7 @@ static int iterate(struct kmig_source *source)
 		uint64_t dirty, begun;
 		bool enough;
 
-		err = peek(source, &dirty);
+		err = peek(source, &dirty, false);
 		if (err)
 			return err;
 		if (!compared && kmig_source_digest_compared(&source->digest)) {
@@ -653,17 +654,23 @@ static int pause_guest(struct kmig_source *source)
 	err = source->ops.pause(source->data);
 	if (err)
 		return kmig_fail(source->ctx, err, "the guest could not be paused: %s", strerror(-err));
-	err = kmig_control_send(&source->control, LMTRACK_MSG_PAUSED, NULL, 0);
-	if (!err && source->ops.save_state) {
-		err = source->ops.save_state(&source->state, &source->state_length, source->data);
-		if (err)
-			return kmig_fail(source->ctx, err, "the device state could not be saved: %s", strerror(-err));
-	}
+	return kmig_control_send(&source->control, LMTRACK_MSG_PAUSED, NULL, 0);
+}
+
+static int save_state(struct kmig_source *source)
+{
+	int err;
+
+	if (!source->ops.save_state)
+		return 0;
+	err = source->ops.save_state(&source->state, &source->state_length, source->data);
+	if (err)
+		return kmig_fail(source->ctx, err, "the device state could not be saved: %s", strerror(-err));
 	if (source->state_length > LMTRACK_WIRE_STATE_MAX)
 		return kmig_fail(source->ctx, -EFBIG, "the device state has %zu bytes, at most %d can be moved",
 				 source->state_length, LMTRACK_WIRE_STATE_MAX);
 	source->report.device_state_bytes = source->state_length;
-	return err;
+	return 0;
 }
 
 static int send_state(struct kmig_source *source)
@@ -688,31 +695,40 @@ static int send_state(struct kmig_source *source)
 	return err;
 }
 
-/* Send what is dirty until nothing is any more; device state and digests travel meanwhile. */
+/*
+ * The vCPUs stand, and the round that carries what they left dirty goes out while the VMM
+ * saves its devices. That may still write to memory: only when it is done is memory at rest,
+ * so only then are digests taken, and what became dirty meanwhile is sent in a further round.
+ */
 static int last_rounds(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
-	bool state_sent = false;
 	uint64_t dirty;
 	int err;
 
-	err = peek(source, &dirty);
-	for (int n = 0; !err; n++) {
-		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
+	err = peek(source, &dirty, false);
+	if (!err)
 		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
-		if (!err && !state_sent)
-			err = send_state(source);
-		state_sent = true;
+	if (!err)
+		err = save_state(source);
+	if (!err)
+		err = peek(source, &dirty, true);
+	if (err)
+		return err;
+	kmig_source_digest_freeze(&source->digest, source->dirty, source->round);
+	err = send_state(source);
+	for (int n = 0; !err; n++) {
+		err = finish_round(source, &round);
 		if (!err)
-			err = finish_round(source, &round);
-		if (!err)
-			err = peek(source, &dirty);
+			err = peek(source, &dirty, false);
 		/* Pinned pages are dirty in every harvest; their devices rest with the guest. */
 		if (err || dirty <= source->pinned)
 			break;
 		if (n == LAST_ROUNDS_MAX)
 			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
 					 (unsigned long long)dirty);
+		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
+		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
 	}
 	return err;
 }

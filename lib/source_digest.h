@@ -23,7 +23,7 @@ struct kmig_source_digest {
 	uint64_t *wanted;		/* lack a digest, as of that */
 	uint64_t *taken;		/* a digest was taken of them at least once */
 	uint64_t *dirty_chunks;		/* scratch */
-	uint64_t *frozen;		/* sent in @frozen_round, when the guest was paused */
+	uint64_t *frozen;		/* sent in @frozen_round at the latest, memory being at rest */
 	_Atomic uint32_t acked, frozen_round;
 	_Atomic uint64_t sent;		/* entries */
 	uint64_t compared;		/* entries the destination has compared, or found void */
@@ -45,7 +45,7 @@ void kmig_source_digest_acked(struct kmig_source_digest *digest, uint32_t round)
  * region. Returns the number of chunks begun.
  */
 uint64_t kmig_source_digest_pass(struct kmig_source_digest *digest, uint64_t *const *dirty);
-/* The guest is paused and @round will send what is @dirty: digest that and all that lacks one. */
+/* Memory is at rest, what is @dirty is sent in @round at the latest: digest that and all that lacks one. */
 void kmig_source_digest_freeze(struct kmig_source_digest *digest, uint64_t *const *dirty, uint32_t round);
 /* The destination answered NEED: digest what it named, the guest being paused. */
 void kmig_source_digest_need(struct kmig_source_digest *digest);

@@ -194,6 +194,9 @@ static inline int on_pause(void *data)
 	if (side->guest)
 		guest_pause(side->guest);
 	side->world->source_runs = false;
+	/* A vCPU's last write. */
+	if (side->guest)
+		side->guest->ram[side->guest->bytes - 32] ^= 1;
 	return side->pause_error;
 }
 
