@@ -105,6 +105,15 @@ uint64_t kmig_region_bytes(const struct kmig_region *region);
 void *kmig_region_map(struct kmig_region *region);		/* whole, read-write, once; NULL: see kmig_ctx_error() */
 int kmig_region_get_info(struct kmig_region *region, struct kmig_region_info *info);
 int kmig_region_clear(struct kmig_region *region);		/* punch it whole: reads as zero, costs nothing */
+
+/**
+ * kmig_region_track_start() - from its return on, every write to the region is noticed
+ * @pinned_pages: NULL: pages pinned for device I/O are refused (EBUSY); else they are allowed,
+ *	dirty in every harvest, and their number is put here
+ *
+ * Tracking belongs to this region object: it ends with kmig_region_track_stop() or when the
+ * object is freed, or its process ends.
+ */
 int kmig_region_track_start(struct kmig_region *region, uint64_t *pinned_pages);
 int kmig_region_track_stop(struct kmig_region *region);
 /** @bitmap: zeroed, one bit a page from @first_page (a multiple of 64); returns 0, @dirty may be NULL */
@@ -208,11 +217,17 @@ struct kmig_source;
 /* What the VMM does for the source engine; each returns 0 or a negative errno. */
 struct kmig_source_ops {
 	size_t size;
-	/** @pause: stop every vCPU; guest memory may only change through @save_state from now on */
+	/**
+	 * @pause: stop every vCPU; guest memory may only change through @save_state from now on.
+	 * If it fails, @resume is called all the same
+	 */
 	int (*pause)(void *data);
 	/** @resume: run the guest again, after an abort before commit; called only if @pause was */
 	int (*resume)(void *data);
-	/** @save_state: device state into memory from malloc(), freed by the engine; NULL: none */
+	/**
+	 * @save_state: device state into memory from malloc(), freed by the engine; 1 GiB at
+	 * most. May still write to guest memory, until it returns. NULL: none
+	 */
 	int (*save_state)(void **state, size_t *length, void *data);
 	/** @completed: the destination runs; the VMM may end. May be NULL */
 	void (*completed)(void *data);
@@ -243,8 +258,9 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *opts,
 int kmig_source_add_region(struct kmig_source *source, struct kmig_region *region);
 
 /**
- * kmig_source_run() - migrate; blocks, calling the VMM's functions on this thread
+ * kmig_source_run() - migrate; blocks, calling the VMM's functions on this thread; once
  *
+ * The regions have to outlive it; they are tracked while it runs and idle afterwards.
  * 0: KMIG_COMPLETED. Negative errno: see the report's verdict. ENOMEM/ENOSPC: the destination
  * lacks memory (refused before the first pass); EPROTONOSUPPORT: version or feature;
  * EKEYREJECTED: secret; ECANCELED: aborted; ETIMEDOUT, ECONNRESET...: the peer;
@@ -266,9 +282,16 @@ struct kmig_destination_ops {
 	 * region for each. The engine empties them before it receives. ENOMEM refuses.
 	 */
 	int (*prepare)(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data);
-	/** @load_state: load the device state; the guest must not run yet */
+	/**
+	 * @load_state: load the device state; the guest must not run yet. Called when the source
+	 * has sent some, after all of memory has arrived and agrees. NULL: a source with device
+	 * state is refused
+	 */
 	int (*load_state)(const void *state, size_t length, void *data);
-	/** @run: the source has committed: run the guest. It can no longer be refused */
+	/**
+	 * @run: the source has committed: run the guest. It can no longer be refused; a failure
+	 * leaves the verdict KMIG_UNKNOWN on both sides, and the VM is not discarded
+	 */
 	int (*run)(void *data);
 	/** @discard: the migration failed before commit: throw the VM away. May be NULL */
 	void (*discard)(void *data);
@@ -282,7 +305,11 @@ struct kmig_destination_opts {
 	const void *secret;
 	size_t secret_len;
 	uint32_t timeout_ms;	/* longest silence of the source once it has connected */
-	uint64_t max_bytes;	/* largest sum of regions accepted; 0: what the machine has available */
+	/*
+	 * Largest sum of regions accepted; what exists of them must also be available then.
+	 * 0: all of the sum must be, in MemAvailable and in the memory cgroups of this process
+	 */
+	uint64_t max_bytes;
 };
 #define KMIG_DESTINATION_OPTS_INIT { .size = sizeof(struct kmig_destination_opts), \
 	.port = KMIG_PORT, .timeout_ms = 10000 }
@@ -294,9 +321,14 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 int kmig_destination_address(struct kmig_destination *destination, struct sockaddr_storage *address, socklen_t *length);
 
 /**
- * kmig_destination_run() - receive one migration; blocks
+ * kmig_destination_run() - receive one migration; blocks, calling the VMM's functions on this
+ * thread; once
  *
  * A connection that does not prove the secret is turned away and does not end the call.
+ * 0: KMIG_COMPLETED, the guest runs here. Negative errno: see the report's verdict; ENOMEM,
+ * EPROTO (the source sent what it must not), EBADMSG (a checksum or digest was wrong),
+ * ECANCELED, ETIMEDOUT, ECONNRESET..., or what one of the functions returned. With
+ * KMIG_FAILED and KMIG_CANCELLED the guest never ran here and @discard has been called.
  */
 int kmig_destination_run(struct kmig_destination *destination);
 void kmig_destination_abort(struct kmig_destination *destination);
