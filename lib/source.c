@@ -753,8 +753,10 @@ static int check(struct kmig_source *source)
 			err = step(source, &round);
 		if (err)
 			return err;
-		if (source->need)
+		if (source->need) {
+			kmig_log(source->ctx, KMIG_LOG_DEBUG, "the destination still needs digests");
 			kmig_source_digest_need(&source->digest);
+		}
 	}
 	return 0;
 }

@@ -117,6 +117,19 @@ TEST_F(pair, slow_vmm_is_not_silence)
 	EXPECT_SAME_MEMORY();
 }
 
+/* A page that is sent between two looks at what is dirty: nobody but the destination knows of it. */
+TEST_F(pair, saving_writes_before_the_round_comes_by)
+{
+	fake.bytes_per_second = 20 * MIB;
+	self->source.save_early = true;
+	self->source.max_rounds = 2;
+	MIGRATE(MIB, 20);
+	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(1, self->source.needs);
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
+}
+
 #define EXPECT_RUNS_AT_SOURCE() do {						\
 	EXPECT_TRUE(self->world->source_runs);					\
 	EXPECT_FALSE(self->world->destination_runs);				\
@@ -324,7 +337,7 @@ FIXTURE_TEARDOWN(killed)
 {
 }
 
-static pid_t start_side(struct world *world, bool is_source, int kill_at)
+static pid_t start_side(struct world *world, bool is_source, enum act what, int at)
 {
 	struct side side;
 	pid_t pid = fork();
@@ -333,10 +346,8 @@ static pid_t start_side(struct world *world, bool is_source, int kill_at)
 		return pid;
 	if (side_init(&side, world, is_source, 16 * MIB))
 		_exit(2);
-	if (kill_at >= 0) {
-		side.act = KILL;
-		side.at = kill_at;
-	}
+	side.act = what;
+	side.at = at;
 	if (is_source) {
 		fill(kmig_region_map(side.region), side.bytes);
 		guest_start(&world->guest, kmig_region_map(side.region), -1, side.bytes, MIB, 100);
@@ -364,7 +375,7 @@ static int wait_all(pid_t one, pid_t other)
 
 TEST_F_TIMEOUT(killed, leaves_at_most_one_guest, 60)
 {
-	pid_t destination = start_side(self->world, false, variant->by_source ? -1 : variant->at);
+	pid_t destination = start_side(self->world, false, KILL, variant->by_source ? -1 : variant->at);
 	pid_t source;
 	int status;
 
@@ -373,11 +384,11 @@ TEST_F_TIMEOUT(killed, leaves_at_most_one_guest, 60)
 		waitpid(destination, &status, 0);
 	while (!self->world->port)
 		usleep(1000);
-	source = start_side(self->world, true, variant->by_source ? variant->at : -1);
+	source = start_side(self->world, true, KILL, variant->by_source ? variant->at : -1);
 	if (variant->by_source && variant->at == KMIG_STATE_HELLO) {
 		/* The destination goes on to wait for a source: one that comes is served. */
 		waitpid(source, &status, 0);
-		source = start_side(self->world, true, -1);
+		source = start_side(self->world, true, NOTHING, -1);
 		ASSERT_EQ(0, wait_all(source, destination));
 		EXPECT_TRUE(self->world->destination_runs);
 		EXPECT_FALSE(self->world->source_runs);
@@ -410,6 +421,83 @@ TEST_F_TIMEOUT(killed, leaves_at_most_one_guest, 60)
 		EXPECT_FALSE(self->world->destination_runs);
 		EXPECT_NE(0, self->world->source_result);
 		EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	}
+}
+
+/* ---- Silence: a side that is stopped, its connections open ---- */
+
+FIXTURE(silent) {
+	struct world *world;
+};
+
+FIXTURE_VARIANT(silent) {
+	bool by_source;
+	int at;
+};
+
+#undef POINT
+#define POINT(side_name, flag, point) \
+	FIXTURE_VARIANT_ADD(silent, side_name##_##point) { .by_source = flag, .at = point };
+POINT(source, true, KMIG_STATE_DEVICES)
+POINT(source, true, KMIG_STATE_CHANNELS)
+POINT(source, true, KMIG_STATE_ITERATION)
+POINT(source, true, AT_SAVE)
+POINT(source, true, KMIG_STATE_CHECK)
+POINT(destination, false, AT_PREPARE)
+POINT(destination, false, KMIG_STATE_CHANNELS)
+POINT(destination, false, KMIG_STATE_FIRST_PASS)
+POINT(destination, false, KMIG_STATE_ITERATION)
+POINT(destination, false, KMIG_STATE_BLACKOUT)
+POINT(destination, false, AT_LOAD)
+POINT(destination, false, AT_RUN)
+
+FIXTURE_SETUP(silent)
+{
+	self->world = new_world();
+}
+
+FIXTURE_TEARDOWN(silent)
+{
+}
+
+TEST_F_TIMEOUT(silent, is_noticed, 60)
+{
+	pid_t destination = start_side(self->world, false, STOP, variant->by_source ? -1 : variant->at);
+	pid_t source, other;
+	int status;
+
+	while (!self->world->port)
+		usleep(1000);
+	source = start_side(self->world, true, STOP, variant->by_source ? variant->at : -1);
+	other = variant->by_source ? destination : source;
+	/* It comes to its end by itself. */
+	for (int i = 0; i < 1500 && waitpid(other, &status, WNOHANG) != other; i++)
+		usleep(10000);
+	if (variant->by_source) {
+		EXPECT_EQ(-ETIMEDOUT, self->world->destination_result);
+		EXPECT_FALSE(self->world->destination_runs);
+		EXPECT_TRUE(self->world->discarded);
+		/* Awake again, it finds out, and the guest is its. */
+		kill(source, SIGCONT);
+		waitpid(source, &status, 0);
+		EXPECT_TRUE(self->world->source_runs);
+		EXPECT_FALSE(self->world->destination_runs);
+		EXPECT_NE(0, self->world->source_result);
+	} else if (variant->at == AT_RUN) {
+		EXPECT_EQ(-EINPROGRESS, self->world->source_result);
+		EXPECT_FALSE(self->world->source_runs);
+		/* Awake again, it does what it was told. */
+		kill(destination, SIGCONT);
+		waitpid(destination, &status, 0);
+		EXPECT_TRUE(self->world->destination_runs);
+		EXPECT_FALSE(self->world->source_runs);
+	} else {
+		EXPECT_EQ(-ETIMEDOUT, self->world->source_result);
+		EXPECT_TRUE(self->world->source_runs);
+		kill(destination, SIGCONT);
+		waitpid(destination, &status, 0);
+		EXPECT_FALSE(self->world->destination_runs);
+		EXPECT_NE(0, self->world->destination_result);
 	}
 }
 

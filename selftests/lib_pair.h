@@ -131,7 +131,7 @@ struct world {
 	_Atomic int source_result, destination_result, source_verdict, destination_verdict;
 };
 
-enum act { NOTHING, ABORT, KILL };
+enum act { NOTHING, ABORT, KILL, STOP };
 /* Beside the ten states, the moments in which the VMM works for an engine. */
 enum { AT_PAUSE = KMIG_STATES, AT_SAVE, AT_LOAD, AT_RUN, AT_PREPARE, POINTS };
 
@@ -156,6 +156,8 @@ struct side {
 	int pause_error, save_error, load_error, run_error, prepare_error;
 	uint64_t max_bytes;
 	unsigned int delay_ms;		/* of each VMM function */
+	bool save_early;		/* saving writes at once, and then takes its time */
+	_Atomic unsigned int needs;	/* digests that were asked for again */
 };
 
 static inline void act(struct side *side, int at)
@@ -164,6 +166,10 @@ static inline void act(struct side *side, int at)
 		return;
 	if (side->act == KILL)
 		kill(getpid(), SIGKILL);
+	if (side->act == STOP) {
+		side->act = NOTHING;	/* once */
+		raise(SIGSTOP);
+	}
 	if (side->act == ABORT && side->is_source)
 		kmig_source_abort(side->engine);
 	else if (side->act == ABORT)
@@ -216,6 +222,10 @@ static inline int on_save(void **state, size_t *length, void *data)
 	uint8_t *bytes = malloc(side->state_length);
 
 	act(side, AT_SAVE);
+	if (side->save_early) {
+		side->guest->ram[side->guest->bytes * 3 / 4] = 1;
+		usleep(500000);
+	}
 	delay(side);
 	if (side->save_error) {
 		free(bytes);
@@ -375,8 +385,12 @@ static inline int source_main(struct side *side)
 
 static inline void log_line(enum kmig_log_level level, const char *text, void *data)
 {
+	struct side *side = data;
+
+	if (level == KMIG_LOG_DEBUG && strstr(text, "still needs digests"))
+		side->needs++;
 	if (getenv("LOG"))
-		fprintf(stderr, "# %s %d: %s\n", (const char *)data, level, text);
+		fprintf(stderr, "# %s %d: %s\n", side->is_source ? "source" : "destination", level, text);
 }
 
 static inline int side_init(struct side *side, struct world *world, bool is_source, uint64_t bytes)
@@ -397,7 +411,7 @@ static inline int side_init(struct side *side, struct world *world, bool is_sour
 	err = kmig_ctx_new(&side->ctx);
 	if (err)
 		return err;
-	kmig_ctx_set_log(side->ctx, log_line, is_source ? "source" : "destination");
+	kmig_ctx_set_log(side->ctx, log_line, side);
 	return kmig_region_create(side->ctx, &opts, &side->region);
 }
 
