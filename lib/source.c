@@ -17,6 +17,8 @@
 #include <sys/eventfd.h>
 
 #define TICK_MS 100
+#define PIN_WAIT_MS 1000	/* how long pinned pages may be I/O in flight */
+#define PIN_LOOK_MS 20
 #define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
 #define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
 #define RATE_BYTES_MIN (1u << 20)	/* a round below this says little about the wire */
@@ -383,20 +385,40 @@ static int channels(struct kmig_source *source)
 	return kmig_control_expect(&source->control, LMTRACK_MSG_CHANNELS_READY, &message);
 }
 
+/*
+ * A pin is I/O in flight, which ends, or a device's for good. Only the latter is a reason to
+ * refuse.
+ */
+static int track(struct kmig_source *source, struct kmig_region *region)
+{
+	struct pollfd abort = { .fd = source->abort_fd, .events = POLLIN };
+	uint64_t deadline = kmig_now_ns() + PIN_WAIT_MS * 1000000ull;
+	uint64_t pinned = 0;
+	int err;
+
+	for (;;) {
+		err = kmig_region_track_start(region, source->opts.allow_pinned ? &pinned : NULL);
+		if (err != -EBUSY || kmig_now_ns() > deadline)
+			break;
+		if (poll(&abort, 1, PIN_LOOK_MS) > 0)
+			return kmig_fail(source->ctx, -ECANCELED, "aborted");
+	}
+	if (err)
+		return err;
+	source->tracked++;
+	source->pinned += pinned;
+	return 0;
+}
+
 static int start_stream(struct kmig_source *source)
 {
 	struct kmig_stream_opts opts = KMIG_STREAM_OPTS_INIT;
 	int err = 0;
 
-	for (unsigned int i = 0; i < source->count; i++) {
-		uint64_t pinned = 0;
-
-		err = kmig_region_track_start(source->regions[i], source->opts.allow_pinned ? &pinned : NULL);
-		if (err)
-			return err;
-		source->tracked++;
-		source->pinned += pinned;
-	}
+	for (unsigned int i = 0; i < source->count && !err; i++)
+		err = track(source, source->regions[i]);
+	if (err)
+		return err;
 	opts.id = source->stream_id;
 	opts.no_zero_detection = source->opts.no_zero_detection;
 	err = kmig_stream_create(source->ctx, &opts, &source->stream);
