@@ -64,8 +64,23 @@ static bool all_zero(const uint8_t *bytes, size_t length)
 	return !length || (!bytes[0] && !memcmp(bytes, bytes + 1, length - 1));
 }
 
-/* The destination has refused with @error, and memory is as it was. */
+/* What the destination gives as the reason for its ABORT, as a negative errno. */
+static int reason(struct peer *peer)
+{
+	struct lmtrack_wire_abort abort = { 0 };
+	uint16_t type;
+
+	do {
+		type = peer_recv(peer, &abort, sizeof(abort));
+	} while (type && type != LMTRACK_MSG_ABORT);
+	close(peer->control);
+	peer->control = -1;
+	return -(int)le32toh(abort.error);
+}
+
+/* The destination has refused with this, and memory is as it was. */
 #define EXPECT_REFUSED(errno_) do {							\
+	EXPECT_EQ(errno_, reason(&self->peer));						\
 	EXPECT_EQ(errno_, victim_join(&self->victim)) TH_LOG("%s", self->victim.error);	\
 	EXPECT_FALSE(self->victim.runs_guest);						\
 	EXPECT_TRUE(self->victim.discarded);						\
