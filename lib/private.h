@@ -83,6 +83,10 @@ uint64_t kmig_region_resident(struct kmig_region *region);
 /* Punch a range out: it reads as zero and costs nothing. */
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
 
+/* Tracking for those who may try again: no message; and the message for when they do not. */
+int kmig_region_try_track(struct kmig_region *region, bool allow_pinned, uint64_t *pinned_pages);
+int kmig_region_track_failed(struct kmig_region *region, int err, uint64_t pinned_pages);
+
 static inline uint64_t kmig_region_pages(const struct kmig_region *region)
 {
 	return region->bytes / region->page_size;

@@ -331,29 +331,43 @@ int kmig_region_clear(struct kmig_region *region)
 	return 0;
 }
 
-int kmig_region_track_start(struct kmig_region *region, uint64_t *pinned_pages)
+int kmig_region_try_track(struct kmig_region *region, bool allow_pinned, uint64_t *pinned_pages)
 {
 	struct lmtrack_track_start start = {
 		.size = sizeof(start),
-		.flags = pinned_pages ? LMTRACK_TRACK_ALLOW_PINNED : 0,
+		.flags = allow_pinned ? LMTRACK_TRACK_ALLOW_PINNED : 0,
 	};
+	int err = ioctl(region->fd, LMTRACK_TRACK_START, &start) < 0 ? -errno : 0;
+
+	if (!err)
+		region->tracked = true;
+	*pinned_pages = start.pinned;
+	return err;
+}
+
+int kmig_region_track_failed(struct kmig_region *region, int err, uint64_t pinned_pages)
+{
+	if (err == -EBUSY && pinned_pages)
+		return kmig_fail(region->ctx, err, "region %s: %llu pages are pinned for device I/O, whose writes are not noticed; detach the device, or allow pinned pages",
+				 region->name, (unsigned long long)pinned_pages);
+	if (err == -EBUSY)
+		return kmig_fail(region->ctx, err, "region %s is tracked already: is another migration under way?", region->name);
+	return kmig_fail(region->ctx, err, "region %s: tracking did not start: %s", region->name, strerror(-err));
+}
+
+int kmig_region_track_start(struct kmig_region *region, uint64_t *pinned_pages)
+{
+	uint64_t pinned;
 	int err;
 
 	if (region->kind != KMIG_REGION_LMTRACK)
 		return kmig_fail(region->ctx, -EOPNOTSUPP, "region %s is a memfd: only an lmtrack region can be tracked", region->name);
-	if (!ioctl(region->fd, LMTRACK_TRACK_START, &start)) {
-		region->tracked = true;
-		if (pinned_pages)
-			*pinned_pages = start.pinned;
-		return 0;
-	}
-	err = -errno;
-	if (err == -EBUSY && start.pinned)
-		return kmig_fail(region->ctx, err, "region %s: %llu pages are pinned for device I/O, whose writes are not noticed; detach the device, or allow pinned pages",
-				 region->name, (unsigned long long)start.pinned);
-	if (err == -EBUSY)
-		return kmig_fail(region->ctx, err, "region %s is tracked already: is another migration under way?", region->name);
-	return kmig_fail(region->ctx, err, "region %s: tracking did not start: %s", region->name, strerror(-err));
+	err = kmig_region_try_track(region, pinned_pages, &pinned);
+	if (err)
+		return kmig_region_track_failed(region, err, pinned);
+	if (pinned_pages)
+		*pinned_pages = pinned;
+	return 0;
 }
 
 int kmig_region_track_stop(struct kmig_region *region)

@@ -392,19 +392,19 @@ static int channels(struct kmig_source *source)
 static int track(struct kmig_source *source, struct kmig_region *region)
 {
 	struct pollfd abort = { .fd = source->abort_fd, .events = POLLIN };
-	uint64_t deadline = kmig_now_ns() + PIN_WAIT_MS * 1000000ull;
-	uint64_t pinned = 0;
+	uint64_t deadline = kmig_now_ns() + kmig_ms(PIN_WAIT_MS);
+	uint64_t pinned;
 	int err;
 
 	for (;;) {
-		err = kmig_region_track_start(region, source->opts.allow_pinned ? &pinned : NULL);
-		if (err != -EBUSY || kmig_now_ns() > deadline)
+		err = kmig_region_try_track(region, source->opts.allow_pinned, &pinned);
+		if (err != -EBUSY || !pinned || kmig_now_ns() > deadline)
 			break;
 		if (poll(&abort, 1, PIN_LOOK_MS) > 0)
 			return kmig_fail(source->ctx, -ECANCELED, "aborted");
 	}
 	if (err)
-		return err;
+		return kmig_region_track_failed(region, err, pinned);
 	source->tracked++;
 	source->pinned += pinned;
 	return 0;
