@@ -4,7 +4,6 @@
 #include "net.h"
 
 #include <poll.h>
-#include <sys/uio.h>
 
 #define HEADER sizeof(struct lmtrack_wire_message)
 /* Within the time after which silence counts as death, so many signs of life. */

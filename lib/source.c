@@ -48,12 +48,11 @@ struct kmig_source {
 	int sockets[LMTRACK_CHANNELS_MAX];
 
 	uint32_t round, acked;
-	uint64_t round_begin_ns, last_round_ns;
+	uint64_t round_begin_ns;
 	uint64_t round_expected;		/* pages, as far as known when it began */
 	uint64_t pages_before;			/* sent in earlier rounds */
 	bool sending;				/* the stream has not finished the round */
-	bool ready, need, running;		/* READY, NEED, RUNNING have come */
-	uint64_t compared;
+	bool ready, need;			/* READY, NEED have come */
 	double rate;				/* bytes a second on the wire */
 	uint64_t trip_ns;			/* of the smallest round: what even nothing costs */
 
@@ -496,7 +495,6 @@ static int round_sent(struct kmig_source *source, struct kmig_round *round)
 		return kmig_fail(source->ctx, round->error, "round %u, data channel %d: %s", round->round,
 				 round->channel, strerror(-round->error));
 	source->sending = false;
-	source->last_round_ns = kmig_now_ns();
 	return 0;
 }
 
