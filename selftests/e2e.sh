@@ -16,7 +16,8 @@ guest_load="gl.mb=64 gl.static=32 gl.writers=2 gl.rate=20 gl.verify=16"
 guest_kernel=/boot/vmlinuz-$("$root/tools/vm/kernels" 6.12)
 [ -e /dev/kvm ] && guest_accel=kvm guest_cpu=host || guest_accel=tcg guest_cpu=max
 
-# link_up RATE: RATE as tc knows it; empty for an unshaped link.
+# link_up RATE: RATE as tc knows it; empty for an unshaped link. The queue is long enough
+# that a sender is slowed down, as by a network card, and not told by losses.
 link_up()
 {
 	local ns
@@ -29,7 +30,7 @@ link_up()
 	for ns in src dst; do
 		ip -n $ns link set lo up
 		ip -n $ns link set veth0 up
-		[ -z "$1" ] || tc -n $ns qdisc add dev veth0 root tbf rate "$1" burst 256k latency 20ms
+		[ -z "$1" ] || tc -n $ns qdisc add dev veth0 root tbf rate "$1" burst 256k latency 100ms
 	done
 }
 

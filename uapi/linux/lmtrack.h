@@ -38,8 +38,8 @@
  * @node:	NUMA node that pages are preferably taken from, or -1 for the policy of the
  *		thread that touches them
  * @reserved:	zero
- * @name:	NUL-terminated, at least one character, printable, no '/': seen in /proc as
- *		"/lmtrack:NAME"
+ * @name:	NUL-terminated, at least one character, printable ASCII without space and '/':
+ *		seen in /proc as "/lmtrack:NAME"
  *
  * The ioctl returns the new region's file descriptor (close-on-exec).
  *
@@ -116,7 +116,7 @@ struct lmtrack_region_info {
  * struct lmtrack_track_start - LMTRACK_TRACK_START, on a region
  * @size:	sizeof(struct lmtrack_track_start)
  * @flags:	LMTRACK_TRACK_ALLOW_PINNED
- * @pinned:	out: pages found pinned for I/O (also with EBUSY)
+ * @pinned:	out: pages found pinned for I/O (also with EBUSY); direct I/O in flight counts
  *
  * From its return on, every write through any mapping of the region is noticed. All resident
  * pages count as dirty until they are first harvested. Tracking belongs to the open file that
@@ -128,8 +128,12 @@ struct lmtrack_region_info {
  * maps the region has ever pinned memory are the resident pages looked at, for pins.
  *
  * EBUSY: tracked already (@pinned is 0), or @pinned pages are pinned and
- * LMTRACK_TRACK_ALLOW_PINNED was not given. With it, a pinned page is dirty in every harvest
- * for as long as it is pinned. EINTR: killed while waiting for a process's mmap_lock.
+ * LMTRACK_TRACK_ALLOW_PINNED was not given. EACCES: the descriptor is not open for writing.
+ * EINTR: killed while waiting for a process's mmap_lock.
+ *
+ * A page that somebody holds for I/O is dirty in every harvest for as long as it is held, as it
+ * may be written without notice. The network holds a page that a stream has sent until its
+ * peer has acknowledged it: written again before that, it is sent once more than needed.
  */
 struct lmtrack_track_start {
 	__u32 size;
@@ -197,7 +201,7 @@ struct lmtrack_dirty_get {
  * @dirtied_pages: clean pages that became dirty
  * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
  * @harvested_pages: pages cleared by them and by streams
- * @repinned_pages: pages that stayed dirty in a harvest because they were pinned
+ * @repinned_pages: pages that stayed dirty in a harvest because they were held for I/O
  * @mappers:	processes that map the region now
  *
  * Counters grow from the creation of the region.
@@ -254,8 +258,8 @@ struct lmtrack_stream_add_region {
  * newer copy of a page never overtakes an older one.
  *
  * EBADF, ENOTSOCK, EPROTOTYPE (no TCP socket), ENOTCONN, EEXIST (the socket is in this stream
- * already), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was already sent), EINVAL (mask
- * empty, or without an online CPU), EFAULT, ENOMEM.
+ * already), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was already sent), EPIPE (cancelled),
+ * EINVAL (mask empty, or without an online CPU), EFAULT, ENOMEM.
  */
 struct lmtrack_stream_add_channel {
 	__u32 size;
