@@ -41,6 +41,7 @@ struct migration {
 	struct rounds rounds;
 	struct progress progress;
 	struct footprint *footprint;
+	bool lost;		/* QEMU does not answer any more */
 };
 
 /* ---- what the engine calls ------------------------------------------------------------ */
@@ -197,6 +198,11 @@ static int tell_outcome(struct migration *m)
 	default:
 		break;
 	}
+	if (m->lost) {
+		say("%s", failure());
+		say("QEMU does not answer any more: look after it. The guest does not run at the destination.");
+		return EXIT_UNKNOWN;
+	}
 	if (m->footprint->paused) {
 		say("%s", failure());
 		say("the guest could not be set running again: it is paused here (QMP 'cont'); it does not run at the destination");
@@ -237,7 +243,7 @@ static int work(void *data)
 	if (m->report.verdict == KMIG_COMPLETED)
 		wait_for_quit(m);
 	else if (m->vmm.qmp && vmm_restore(&m->vmm))
-		say("QEMU's migration capabilities could not be restored");
+		m->lost = m->report.verdict != KMIG_UNKNOWN;
 	code = tell_outcome(m);
 	/* An error after the guest has moved has been told, and is none of the migration. */
 	if (tell && report_finish(&m->report, &m->rounds, ret ? failure() : "", m->json, m->report_path)) {
