@@ -98,6 +98,8 @@ goes_on()
 	! grep -aq CORRUPT "$2"
 }
 
+one_gone() { gone "$here_qemu" || gone "$there_qemu"; }
+
 # Exactly one of both QEMUs exists and runs its guest, and that one's heart beats on.
 one_side()
 {
@@ -105,6 +107,8 @@ one_side()
 
 	rc=$(cat "$work/migrate.rc")
 	echo "exit status $rc"
+	# One whose last connection was closed may take a moment to end.
+	wait_for 10 one_gone
 	if gone "$there_qemu" && is_running "$here_qmp"; then
 		[ "$rc" != 0 ] || { echo "kmig says that it has moved"; return 1; }
 		goes_on "$here_qemu" "$here_log"

@@ -8,8 +8,11 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <json-c/json.h>
 
@@ -34,6 +37,7 @@ struct migration {
 	bool json, verbose;
 
 	struct vmm vmm;
+	int pidfd;		/* QEMU's process, or -1 */
 	struct kmig_ctx *ctx;
 	struct kmig_region *region;
 	struct kmig_source *source;
@@ -124,6 +128,9 @@ static int find_region(struct migration *m)
 
 	if (pid <= 0)
 		return fail(ESRCH, "%s: QEMU's process cannot be told (it is in another PID namespace)", m->qmp);
+	m->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+	if (m->pidfd < 0)
+		return fail(errno, "QEMU (process %d): %s", pid, strerror(errno));
 	ret = vmm_check_memory(&m->vmm, pid, &fd, &bytes);
 	if (ret)
 		return ret;
@@ -175,15 +182,16 @@ static int run_engine(struct migration *m)
 	return ret;
 }
 
+/* Its process, not only its connection: then its memory is free, too. */
 static void wait_for_quit(struct migration *m)
 {
-	int64_t deadline = now_ms() + QUIT_TIMEOUT_MS;
-	int ret = 0;
+	struct pollfd p = { .fd = m->pidfd, .events = POLLIN };
+	int64_t deadline = now_ms() + QUIT_TIMEOUT_MS, left;
 
-	while (!ret)
-		ret = qmp_wait(m->vmm.qmp, deadline);
-	if (ret == -ETIMEDOUT)
-		say("QEMU at the source does not end; its guest is paused and must stay so");
+	while ((left = deadline - now_ms()) > 0)
+		if (poll(&p, 1, (int)left) == 1)
+			return;
+	say("QEMU at the source does not end; its guest is paused and must stay so");
 }
 
 static int tell_outcome(struct migration *m)
@@ -223,6 +231,8 @@ static void tear_down(struct migration *m)
 	kmig_region_free(m->region);
 	kmig_ctx_free(m->ctx);
 	vmm_close(&m->vmm);
+	if (m->pidfd >= 0)
+		close(m->pidfd);
 	free(m->rounds.table);
 }
 
@@ -377,6 +387,7 @@ static int migrate_main(const struct verb *verb, int argc, char **argv)
 	static struct migration m = {
 		.opts = KMIG_SOURCE_OPTS_INIT,
 		.vmm = VMM_INIT,
+		.pidfd = -1,
 		.report = { .size = sizeof(m.report), .page_size = 4096 },
 	};
 	const struct supervised job = { .work = work, .died = died, .data = &m };
