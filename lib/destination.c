@@ -354,7 +354,7 @@ static int round_done(struct kmig_destination *destination)
 	destination->acked_pages = pages;
 	/* After the last round the source has no time to read what it need not know. */
 	if (destination->report.state < KMIG_STATE_BLACKOUT) {
-		err = kmig_verify_send_unverified(&destination->verify, &destination->control, &lacking);
+		err = kmig_verify_send_unverified(&destination->verify, &destination->control, false, &lacking);
 		if (err)
 			return err;
 	}
@@ -413,7 +413,7 @@ static int check(struct kmig_destination *destination)
 	err = kmig_verify_outcome(&destination->verify, &destination->report.digests_compared);
 	if (err)
 		return err;
-	err = kmig_verify_send_unverified(&destination->verify, &destination->control, &lacking);
+	err = kmig_verify_send_unverified(&destination->verify, &destination->control, true, &lacking);
 	if (err || !lacking)
 		return err ? err : 1;
 	if (++destination->needs > NEED_ROUNDS_MAX)

@@ -107,14 +107,17 @@ void kmig_verify_round_done(struct kmig_verify *verify)
 	}
 }
 
-/* Something is known of the chunk, and no digest of it holds, or the last comparison failed. */
-static bool lacks(struct kmig_verify *verify, uint64_t chunk)
+/*
+ * Something is known of the chunk, and no digest of it holds, or the last comparison failed.
+ * One that waits to be compared will do, until everything was: then nobody will compare it.
+ */
+static bool lacks(struct kmig_verify *verify, uint64_t chunk, bool all_compared)
 {
 	const struct kmig_verify_entry *entry = &verify->entries[chunk];
 
 	if (!entry->round && !atomic_load(&verify->receiver->last_round[chunk]))
 		return false;
-	return !holds(verify, chunk, entry) || entry->state == DIFFERENT;
+	return !holds(verify, chunk, entry) || entry->state == DIFFERENT || (all_compared && entry->state != EQUAL);
 }
 
 static int send_words(struct kmig_control *control, uint32_t region, const uint64_t *map, uint64_t first, uint64_t words)
@@ -132,7 +135,8 @@ static int send_words(struct kmig_control *control, uint32_t region, const uint6
 	return kmig_control_send(control, LMTRACK_MSG_UNVERIFIED, &message, sizeof(message.head) + words * 8);
 }
 
-int kmig_verify_send_unverified(struct kmig_verify *verify, struct kmig_control *control, uint64_t *lacking)
+int kmig_verify_send_unverified(struct kmig_verify *verify, struct kmig_control *control, bool all_compared,
+				uint64_t *lacking)
 {
 	int err = 0;
 
@@ -146,7 +150,7 @@ int kmig_verify_send_unverified(struct kmig_verify *verify, struct kmig_control 
 			return kmig_fail(verify->ctx, -ENOMEM, "digests: out of memory");
 		pthread_mutex_lock(&verify->lock);
 		for (uint64_t chunk = 0; chunk < chunks; chunk++) {
-			if (lacks(verify, verify->chunks->first[i] + chunk)) {
+			if (lacks(verify, verify->chunks->first[i] + chunk, all_compared)) {
 				kmig_bit_set(map, chunk);
 				++*lacking;
 			}

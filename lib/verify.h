@@ -36,8 +36,12 @@ void kmig_verify_stop(struct kmig_verify *verify);
 int kmig_verify_add(struct kmig_verify *verify, const struct kmig_message *message);
 /* A round has been stored whole: what waited for it can be compared. */
 void kmig_verify_round_done(struct kmig_verify *verify);
-/* Tell the source which chunks lack a digest that holds; @lacking is their number. */
-int kmig_verify_send_unverified(struct kmig_verify *verify, struct kmig_control *control, uint64_t *lacking);
+/*
+ * Tell the source which chunks lack a digest that holds; @lacking is their number.
+ * @all_compared: nothing is left to compare, so a digest that was not compared is none.
+ */
+int kmig_verify_send_unverified(struct kmig_verify *verify, struct kmig_control *control, bool all_compared,
+				uint64_t *lacking);
 /* With nothing left to compare, after the last round: EBADMSG when a digest differs. */
 int kmig_verify_outcome(struct kmig_verify *verify, uint64_t *equal);
 

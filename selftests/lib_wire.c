@@ -6,6 +6,8 @@
 #include "kselftest_harness.h"
 #include "lib_peer.h"
 
+#include "../lib/digest.h"
+
 #define GUEST_BYTES (8 * MIB + 3 * PAGE_BYTES)	/* a short last chunk */
 #define GUEST_PAGES (GUEST_BYTES / PAGE_BYTES)
 
@@ -348,6 +350,71 @@ TEST_F(wire, message_damaged)
 	put(self->peer.control, &header, sizeof(header));
 	put(self->peer.control, &body, sizeof(body));
 	EXPECT_REFUSED(-EBADMSG);
+}
+
+/* ---- The final check ---- */
+
+/* A first round of one page, stored; and the guest paused after it. */
+static bool paused_after_a_round(struct peer *peer, uint8_t *payload)
+{
+	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END, .stream = PEER_STREAM, .round = 1, .seq = 1, .arg = 1 };
+	struct lmtrack_wire_extent extent;
+	struct kmig_frame frame = good(peer, 7, 1, &extent);
+
+	if (!put_frame(peer, 0, &frame, &extent, payload) || !put_frame(peer, 0, &end, NULL, NULL))
+		return false;
+	end.channel = 1;
+	end.seq = end.arg = 0;
+	return put_frame(peer, 1, &end, NULL, NULL) &&
+	       peer_recv(peer, NULL, 0) == LMTRACK_MSG_UNVERIFIED &&
+	       peer_recv(peer, NULL, 0) == LMTRACK_MSG_ROUND_ACK &&
+	       peer_send(peer, LMTRACK_MSG_PAUSED, NULL, 0);
+}
+
+/* A digest of chunk 0 that names @round, and PREPARE for round 1. */
+static bool digest_and_prepare(struct peer *peer, uint32_t round, uint64_t value)
+{
+	struct lmtrack_wire_digest digest = { .round = htole32(round), .digest = htole64(value) };
+	struct lmtrack_wire_prepare prepare = { .round = htole32(1) };
+
+	return peer_send(peer, LMTRACK_MSG_DIGESTS, &digest, sizeof(digest)) &&
+	       peer_send(peer, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare));
+}
+
+/* The next message that is not about what was compared so far. */
+static uint16_t answer(struct peer *peer)
+{
+	uint16_t type;
+
+	do {
+		type = peer_recv(peer, NULL, 0);
+	} while (type == LMTRACK_MSG_COMPARED);
+	return type;
+}
+
+/* Nobody will ever compare it: the round it waits for does not come. */
+TEST_F(wire, digest_of_a_round_that_never_comes)
+{
+	ASSERT_TRUE(paused_after_a_round(&self->peer, self->payload));
+	ASSERT_TRUE(digest_and_prepare(&self->peer, 2, 0));
+	EXPECT_EQ(LMTRACK_MSG_UNVERIFIED, answer(&self->peer));
+	EXPECT_EQ(LMTRACK_MSG_NEED, answer(&self->peer));
+	/* Asked again, it may still give the right one. */
+	ASSERT_TRUE(digest_and_prepare(&self->peer, 1, kmig_digest_chunk(self->victim.region, 0)));
+	EXPECT_EQ(LMTRACK_MSG_READY, answer(&self->peer));
+	peer_end(&self->peer);
+	self->peer.control = self->peer.channel[0] = self->peer.channel[1] = -1;
+	EXPECT_EQ(-ECONNRESET, victim_join(&self->victim));
+	EXPECT_FALSE(self->victim.runs_guest);
+}
+
+TEST_F(wire, digest_that_differs)
+{
+	ASSERT_TRUE(paused_after_a_round(&self->peer, self->payload));
+	ASSERT_TRUE(digest_and_prepare(&self->peer, 1, kmig_digest_chunk(self->victim.region, 0) ^ 1));
+	EXPECT_EQ(-EBADMSG, reason(&self->peer));
+	EXPECT_EQ(-EBADMSG, victim_join(&self->victim));
+	EXPECT_FALSE(self->victim.runs_guest);
 }
 
 /* ---- At random ---- */
