@@ -410,6 +410,8 @@ static int check(struct kmig_destination *destination)
 	if (destination->state_have != destination->state_total)
 		return kmig_fail(destination->ctx, -EPROTO, "device state from the source: %llu of %llu bytes have come",
 				 (unsigned long long)destination->state_have, (unsigned long long)destination->state_total);
+	/* What is compared must stay as it is from here on, whatever the source still sends. */
+	kmig_receiver_close(&destination->receiver);
 	err = kmig_verify_outcome(&destination->verify, &destination->report.digests_compared);
 	if (err)
 		return err;

@@ -277,10 +277,11 @@ int kmig_receiver_start(struct kmig_receiver *receiver, struct kmig_ctx *ctx, co
 	return kmig_fail(ctx, -ENOMEM, "data channels: out of memory");
 }
 
-void kmig_receiver_stop(struct kmig_receiver *receiver)
+void kmig_receiver_close(struct kmig_receiver *receiver)
 {
-	if (!receiver->channels)
+	if (receiver->closed)
 		return;
+	receiver->closed = true;
 	for (unsigned int i = 0; i < receiver->channels; i++)
 		shutdown(receiver->channel[i].fd, SHUT_RDWR);
 	for (unsigned int i = 0; i < receiver->channels; i++) {
@@ -288,6 +289,13 @@ void kmig_receiver_stop(struct kmig_receiver *receiver)
 			pthread_join(receiver->channel[i].thread, NULL);
 		close(receiver->channel[i].fd);
 	}
+}
+
+void kmig_receiver_stop(struct kmig_receiver *receiver)
+{
+	if (!receiver->channels)
+		return;
+	kmig_receiver_close(receiver);
 	for (unsigned int i = 0; i < receiver->chunks->count; i++)
 		free(receiver->stored[i]);
 	free(receiver->last_round);
@@ -312,6 +320,8 @@ int kmig_receiver_check(struct kmig_receiver *receiver)
 {
 	const struct kmig_receiver_channel *worst = NULL;
 
+	if (receiver->closed)
+		return 0;
 	for (unsigned int i = 0; i < receiver->channels; i++) {
 		const struct kmig_receiver_channel *channel = &receiver->channel[i];
 

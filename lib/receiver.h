@@ -35,6 +35,7 @@ struct kmig_receiver {
 	uint32_t page_size;
 	uint64_t stream;
 	unsigned int channels;
+	bool closed;			/* nothing is stored any more */
 	_Atomic uint32_t *last_round;	/* per chunk: the last round that stored into it, 0: none */
 	_Atomic uint8_t *owner;		/* per chunk: its channel's number plus 1, 0: none yet */
 	uint64_t *stored[LMTRACK_REGIONS_MAX];	/* bit per page: it may be no hole */
@@ -46,10 +47,15 @@ struct kmig_receiver {
 /* Takes the @sockets over, also on failure. The regions are mapped and empty. */
 int kmig_receiver_start(struct kmig_receiver *receiver, struct kmig_ctx *ctx, const struct kmig_chunks *chunks,
 			uint64_t stream, const int *sockets, unsigned int channels);
+/*
+ * End the channels: on return nothing is stored any more, and what was stored after the last
+ * acknowledged round shows in @last_round. The rest stays until kmig_receiver_stop().
+ */
+void kmig_receiver_close(struct kmig_receiver *receiver);
 void kmig_receiver_stop(struct kmig_receiver *receiver);
 /* Is the round after the last acknowledged one stored whole? Resets the event. */
 bool kmig_receiver_round_done(struct kmig_receiver *receiver);
-/* The first failure of a channel, with its message in the context; 0: none. */
+/* The first failure of a channel before it was closed, with its message in the context; 0: none. */
 int kmig_receiver_check(struct kmig_receiver *receiver);
 
 #endif /* KMIG_RECEIVER_H */

@@ -417,6 +417,31 @@ TEST_F(wire, digest_that_differs)
 	EXPECT_FALSE(self->victim.runs_guest);
 }
 
+/* What was compared stays as it was: while it is loaded, and when the guest runs in it. */
+TEST_F(wire, frame_after_the_check)
+{
+	struct lmtrack_wire_extent extent;
+	struct kmig_frame frame;
+
+	ASSERT_TRUE(paused_after_a_round(&self->peer, self->payload));
+	ASSERT_TRUE(digest_and_prepare(&self->peer, 1, kmig_digest_chunk(self->victim.region, 0)));
+	ASSERT_EQ(LMTRACK_MSG_READY, answer(&self->peer));
+	frame = good(&self->peer, 9, 1, &extent);
+	frame.round = 2;
+	put_frame(&self->peer, 0, &frame, &extent, self->payload);
+	usleep(100000);
+	EXPECT_TRUE(all_zero(self->ram + 9 * PAGE_BYTES, PAGE_BYTES));
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_COMMIT, NULL, 0));
+	ASSERT_EQ(LMTRACK_MSG_RUNNING, answer(&self->peer));
+	frame = good(&self->peer, 10, 1, &extent);
+	frame.round = 2;
+	put_frame(&self->peer, 0, &frame, &extent, self->payload);
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_DONE, NULL, 0));
+	EXPECT_EQ(0, victim_join(&self->victim)) TH_LOG("%s", self->victim.error);
+	EXPECT_TRUE(self->victim.runs_guest);
+	EXPECT_TRUE(all_zero(self->ram + 8 * PAGE_BYTES, GUEST_BYTES - 8 * PAGE_BYTES));
+}
+
 /* ---- At random ---- */
 
 static uint64_t random_state;
