@@ -229,6 +229,7 @@ struct lmtrack_transport {
 
 extern const struct lmtrack_transport lmtrack_tcp;
 
+int lmtrack_channel_error(const struct lmtrack_channel *channel);
 long lmtrack_stream_create(struct file *file, void *arg);
 
 #endif /* LMTRACK_H */

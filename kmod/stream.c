@@ -105,6 +105,12 @@ static struct lmtrack_region *stream_region(struct lmtrack_stream *stream, unsig
 	return stream->regions[index] ? lmtrack_region_of(stream->regions[index]) : NULL;
 }
 
+/* For transports that wait: 0, or the error that has ended the stream. */
+int lmtrack_channel_error(const struct lmtrack_channel *channel)
+{
+	return READ_ONCE(channel->stream->error);
+}
+
 /* The first failure counts; it ends all channels, and so the round. */
 static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
 {

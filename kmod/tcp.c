@@ -14,6 +14,7 @@
 #include <linux/bvec.h>
 #include <linux/ktime.h>
 #include <linux/net.h>
+#include <linux/sched.h>
 #include <linux/socket.h>
 #include <linux/uio.h>
 #include <net/inet_connection_sock.h>
@@ -39,55 +40,68 @@ static int tcp_attach(struct lmtrack_channel *channel, int fd)
 		ret = -ENOTCONN;
 	else
 		ret = 0;
-	if (ret)
+	if (ret) {
 		sockfd_put(sock);
-	else
-		channel->priv = sock;
-	return ret;
+		return ret;
+	}
+	/* So that a sender that waits looks up once a second; see tcp_sent(). */
+	sock_set_sndtimeo(sock->sk, 1);
+	channel->priv = sock;
+	return 0;
 }
 
 /*
- * Send all that the message has. A socket with a send timeout may take it in pieces and with
- * pauses: how long a peer may be silent is for the caller to decide, who can shut it down.
+ * What a send brought: bytes, or an error that ends the channel. A peer that does not read is
+ * none: how long it may be silent is for the caller to decide. But look now and then whether
+ * the caller has decided: the socket is his as well, and he can undo our shutdown.
  */
-static int tcp_send_message(struct socket *sock, struct msghdr *msg)
+static int tcp_sent(struct lmtrack_channel *channel, int ret)
+{
+	if (ret != -EAGAIN)
+		return ret ?: -EPIPE;
+	schedule_timeout_idle(1);
+	return lmtrack_channel_error(channel);
+}
+
+/* Send all that the message has, in pieces if need be. */
+static int tcp_send_message(struct lmtrack_channel *channel, struct msghdr *msg)
 {
 	int ret;
 
 	while (msg_data_left(msg)) {
-		ret = sock_sendmsg(sock, msg);
-		if (ret <= 0 && ret != -EAGAIN)
-			return ret ?: -EPIPE;
+		ret = tcp_sent(channel, sock_sendmsg(channel->priv, msg));
+		if (ret < 0)
+			return ret;
 	}
 	return 0;
 }
 
-static int tcp_send_bytes(struct socket *sock, void *base, size_t bytes, int flags)
+static int tcp_send_bytes(struct lmtrack_channel *channel, void *base, size_t bytes, int flags)
 {
 	struct kvec vec = { .iov_base = base, .iov_len = bytes };
 	struct msghdr msg = { .msg_flags = flags };
 
 	iov_iter_kvec(&msg.msg_iter, ITER_SOURCE, &vec, 1, bytes);
-	return tcp_send_message(sock, &msg);
+	return tcp_send_message(channel, &msg);
 }
 
 /* For what sits above TCP: plain buffers, or TLS would keep the pages and encrypt them later. */
-static int tcp_copy_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
-			  int flags)
+static int tcp_copy_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
+			  unsigned int pages, int flags)
 {
 	unsigned int i;
 	int ret = 0;
 
 	for (i = 0; !ret && i < pages; i++)
-		ret = tcp_send_bytes(sock, page_address(bvec[i].bv_page), PAGE_SIZE,
+		ret = tcp_send_bytes(channel, page_address(bvec[i].bv_page), PAGE_SIZE,
 				     flags | (i + 1 < pages ? MSG_MORE : 0));
 	return ret;
 }
 
 /* 6.5 replaced kernel_sendpage() by a flag of sendmsg(). */
 #ifdef LMTRACK_HAVE_SENDPAGE
-static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
-			  int flags)
+static int tcp_send_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
+			  unsigned int pages, int flags)
 {
 	unsigned int i;
 
@@ -97,23 +111,24 @@ static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned in
 		int ret;
 
 		while (sent < PAGE_SIZE) {
-			ret = kernel_sendpage(sock, bvec[i].bv_page, sent, PAGE_SIZE - sent,
-					      flags | more);
-			if (ret <= 0 && ret != -EAGAIN)
-				return ret ?: -EPIPE;
-			sent += max(ret, 0);
+			ret = tcp_sent(channel, kernel_sendpage(channel->priv, bvec[i].bv_page,
+								sent, PAGE_SIZE - sent,
+								flags | more));
+			if (ret < 0)
+				return ret;
+			sent += ret;
 		}
 	}
 	return 0;
 }
 #else
-static int tcp_send_pages(struct socket *sock, struct bio_vec *bvec, unsigned int pages,
-			  int flags)
+static int tcp_send_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
+			  unsigned int pages, int flags)
 {
 	struct msghdr msg = { .msg_flags = flags | MSG_SPLICE_PAGES };
 
 	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, bvec, pages, (size_t)pages << PAGE_SHIFT);
-	return tcp_send_message(sock, &msg);
+	return tcp_send_message(channel, &msg);
 }
 #endif
 
@@ -144,10 +159,10 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	ktime_t begin = ktime_get();
 	int ret;
 
-	ret = tcp_send_bytes(sock, head, head_bytes, flags | (pages ? MSG_MORE : 0));
+	ret = tcp_send_bytes(channel, head, head_bytes, flags | (pages ? MSG_MORE : 0));
 	if (!ret && pages)
-		ret = plain ? tcp_send_pages(sock, bvec, pages, flags) :
-			      tcp_copy_pages(sock, bvec, pages, flags);
+		ret = plain ? tcp_send_pages(channel, bvec, pages, flags) :
+			      tcp_copy_pages(channel, bvec, pages, flags);
 	channel->stats.blocked_ns += ktime_to_ns(ktime_sub(ktime_get(), begin));
 	if (ret)
 		return ret;

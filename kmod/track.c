@@ -423,8 +423,8 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
 /*
  * Lock the dirty pages of one word, in ascending order, and clear their bits; clear those of
  * pages that do not exist. Stops at a page whose lock is taken. The i_pages lock keeps the
- * folios where they are until their own lock does: no reference is needed. An xarray node has
- * as many slots as the word has bits: one descent finds them all.
+ * folios where they are until their own lock does: no reference is needed till then. An
+ * xarray node has as many slots as the word has bits: one descent finds them all.
  *
  * Return: the bits cleared; *present: those whose pages exist and are in @folios.
  */
@@ -492,8 +492,10 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
 {
 	unsigned int from = 0, to = 0, run, run_end, bit;
 
-	if (!mapping_mapped(mapping))
-		return;
+	/*
+	 * Whether there is a mapping at all is for the walks to see: they hold i_mmap_rwsem. A
+	 * mapping that is being resized is not in the tree for a moment.
+	 */
 	if (use_mkclean || !IS_ENABLED(CONFIG_MAPPING_DIRTY_HELPERS)) {
 		for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES)
 			folio_mkclean(folios[bit]);
@@ -516,15 +518,24 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
  * Can somebody write the page who needs no page table entry? Who does, holds it: with a pin,
  * that is a thousand references, or with a plain one, as direct I/O does in 6.1 and KVM for
  * the guests of a guest. Others are the page cache, each mapping, and who is about to put the
- * page on an LRU list. The folio is locked, so it cannot be mapped anew meanwhile; whoever
- * else holds it for an instant makes the page be sent once more than needed.
+ * page on an LRU list: he counts only if the page was on none before and after we looked, as
+ * who takes it off a list clears the flag first. References are read before mappings, because
+ * an unmapping gives up the mapping first. Whoever holds the page for an instant makes it be
+ * sent once more than needed.
  */
-static bool folio_held(const struct folio *folio)
+static bool folio_held(struct folio *folio)
 {
-	int refs = folio_ref_count(folio);
-	int mappings = atomic_read(&folio->_mapcount) + 1;
+	bool listed = folio_test_lru(folio);
+	int refs, mappings;
 
-	return refs > 1 + mappings + !folio_test_lru((struct folio *)folio);
+	/* The flag, then the references, then mappings and flag: see above. */
+	smp_rmb();
+	refs = folio_ref_count(folio);
+	/* As before. */
+	smp_rmb();
+	mappings = atomic_read(&folio->_mapcount) + 1;
+	listed |= folio_test_lru(folio);
+	return refs > 1 + mappings + !listed;
 }
 
 /*
@@ -580,9 +591,11 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
 		struct folio *folio = folios[bit];
 
-		if (keep)
-			folio_get(folio);
+		/* Who waits for the lock may remove the page before unlock has woken it. */
+		folio_get(folio);
 		folio_unlock(folio);
+		if (!keep)
+			folio_put(folio);
 	}
 	return held;
 }
