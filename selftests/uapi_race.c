@@ -315,7 +315,7 @@ static bool act_fork(struct actor *actor)
 
 TEST_F_TIMEOUT(race, fork, 180)
 {
-	EXPECT_TRUE(run_actor(_metadata, self, act_fork, 100));
+	EXPECT_TRUE(run_actor(_metadata, self, act_fork, 60));
 }
 
 static bool act_remap(struct actor *actor)
