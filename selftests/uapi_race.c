@@ -541,4 +541,76 @@ TEST_F_TIMEOUT(race, two_harvesters, 120)
 	pthread_join(thread, NULL);
 }
 
+/* A mapping that grows is not in the tree of mappings for a moment. It is the only one here. */
+struct resizer {
+	struct control *control;
+	char *memory;
+	unsigned long done;
+};
+
+static void *resizer_thread(void *data)
+{
+	struct resizer *resizer = data;
+
+	while (!resizer->control->stop) {
+		if (mremap(resizer->memory, BYTES, BYTES + PAGE, 0) == MAP_FAILED)
+			break;
+		munmap(resizer->memory + BYTES, PAGE);
+		resizer->done++;
+	}
+	return NULL;
+}
+
+TEST(only_mapping_resized)
+{
+	uint64_t *shadow = calloc(1, BYTES), bitmap[(PAGES + 64) / 64];
+	struct control *control = calloc(1, sizeof(*control));
+	struct resizer resizer = { .control = control };
+	struct writer writer = { .control = control, .slot = 1, .seed = 1 };
+	int fd = lmt_region(BYTES + PAGE);
+	pthread_t write, resize;
+	char *memory;
+
+	ASSERT_GE(fd, 0);
+	/* Room to grow in place. */
+	memory = mmap(NULL, BYTES + CHUNK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE((void *)memory, MAP_FAILED);
+	munmap(memory, BYTES + CHUNK);
+	ASSERT_EQ((void *)mmap(memory, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+			       0), (void *)memory);
+	writer.memory = (uint64_t *)memory;
+	resizer.memory = memory;
+	pthread_create(&write, NULL, writer_thread, &writer);
+	pthread_create(&resize, NULL, resizer_thread, &resizer);
+	ASSERT_EQ(lmt_start(fd, 0, NULL), 0);
+	for (unsigned int i = 1; i <= 1000; i++) {
+		bool rest = i % 50 == 0;
+
+		if (rest) {
+			control->pause = 1;
+			while (!__atomic_load_n(&control->waiting, __ATOMIC_SEQ_CST))
+				sched_yield();
+		}
+		ASSERT_GE(lmt_dirty(fd, LMTRACK_DIRTY_CLEAR, 0, PAGES, bitmap), 0);
+		for (unsigned long page = 0; page < PAGES; page++)
+			if (lmt_bit(bitmap, page))
+				memcpy(shadow + page * WORDS, memory + page * PAGE, PAGE);
+		if (rest) {
+			ASSERT_EQ(memcmp(shadow, memory, BYTES), 0);
+			control->pause = 0;
+			while (__atomic_load_n(&control->waiting, __ATOMIC_SEQ_CST))
+				sched_yield();
+		}
+	}
+	control->stop = 1;
+	pthread_join(write, NULL);
+	pthread_join(resize, NULL);
+	EXPECT_GT(resizer.done, 100);
+	fprintf(stderr, "# resized %lu times\n", resizer.done);
+	munmap(memory, BYTES + PAGE);
+	close(fd);
+	free(shadow);
+	free(control);
+}
+
 TEST_HARNESS_MAIN
