@@ -52,7 +52,7 @@ struct kmig_source {
 	uint64_t round_expected;		/* pages, as far as known when it began */
 	uint64_t pages_before;			/* sent in earlier rounds */
 	bool sending;				/* the stream has not finished the round */
-	bool ready, need;			/* READY, NEED have come */
+	bool channels_ready, ready, need;	/* CHANNELS_READY, READY, NEED have come */
 	double rate;				/* bytes a second on the wire */
 	uint64_t trip_ns;			/* of the smallest round: what even nothing costs */
 
@@ -372,18 +372,6 @@ static int connect_channel(struct kmig_source *source, uint32_t number)
 	return 0;
 }
 
-static int channels(struct kmig_source *source)
-{
-	struct kmig_message message;
-	int err = 0;
-
-	for (uint32_t i = 0; i < source->opts.channels && !err; i++)
-		err = connect_channel(source, i);
-	if (err)
-		return err;
-	return kmig_control_expect(&source->control, LMTRACK_MSG_CHANNELS_READY, &message);
-}
-
 /*
  * A pin is I/O in flight, which ends, or a device's for good. Only the latter is a reason to
  * refuse.
@@ -456,6 +444,11 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 	const struct lmtrack_wire_ready *ready = message->body;
 
 	switch (message->type) {
+	case LMTRACK_MSG_CHANNELS_READY:
+		if (source->report.state != KMIG_STATE_CHANNELS)
+			break;
+		source->channels_ready = true;
+		return 0;
 	case LMTRACK_MSG_UNVERIFIED:
 	case LMTRACK_MSG_COMPARED:
 		if (!source->digesting)
@@ -498,19 +491,42 @@ static int round_sent(struct kmig_source *source, struct kmig_round *round)
 	return 0;
 }
 
+/*
+ * The destination closes a data channel only when it fails, or when it is told to PREPARE. A
+ * round that has left is not sent again: nobody else would notice that it does not arrive.
+ */
+static int check_channels(struct kmig_source *source, const struct pollfd *fds)
+{
+	for (unsigned int i = 0; i < source->opts.channels; i++) {
+		int err = 0;
+		socklen_t length = sizeof(err);
+
+		if (!fds[i].revents)
+			continue;
+		getsockopt(fds[i].fd, SOL_SOCKET, SO_ERROR, &err, &length);
+		if (!err)
+			err = ECONNRESET;
+		return kmig_fail(source->ctx, -err, "data channel %u was lost: %s", i, strerror(err));
+	}
+	return 0;
+}
+
 /* Wait for something to happen, a tick at most, and take it in. */
 static int step(struct kmig_source *source, struct kmig_round *round)
 {
-	struct pollfd fds[] = {
+	struct pollfd fds[4 + LMTRACK_CHANNELS_MAX] = {
 		{ .fd = source->control.fd, .events = POLLIN },
 		{ .fd = source->abort_fd, .events = POLLIN },
 		{ .fd = source->sending ? kmig_stream_fd(source->stream) : -1, .events = POLLIN },
-		{ .fd = source->digest.workers.event_fd, .events = POLLIN },
+		{ .fd = source->digesting ? source->digest.workers.event_fd : -1, .events = POLLIN },
 	};
+	bool closing = source->report.state >= KMIG_STATE_CHECK;
 	struct kmig_message message;
 	int n, err;
 
-	if (poll(fds, 4, TICK_MS) < 0 && errno != EINTR)
+	for (unsigned int i = 0; i < source->opts.channels; i++)
+		fds[4 + i] = (struct pollfd){ .fd = closing ? -1 : source->sockets[i], .events = POLLRDHUP };
+	if (poll(fds, 4 + source->opts.channels, TICK_MS) < 0 && errno != EINTR)
 		return kmig_fail(source->ctx, -errno, "waiting: %s", strerror(errno));
 	if (fds[1].revents)
 		return kmig_fail(source->ctx, -ECANCELED, "aborted");
@@ -527,8 +543,23 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	err = kmig_control_check_silence(&source->control);
 	if (!err && source->sending && fds[2].revents)
 		err = round_sent(source, round);
+	/* Last: the others may say why. */
+	if (!err)
+		err = check_channels(source, fds + 4);
 	if (!err && kmig_report_due(&source->clock))
 		tell(source);
+	return err;
+}
+
+static int channels(struct kmig_source *source)
+{
+	struct kmig_round round;
+	int err = 0;
+
+	for (uint32_t i = 0; i < source->opts.channels && !err; i++)
+		err = connect_channel(source, i);
+	while (!err && !source->channels_ready)
+		err = step(source, &round);
 	return err;
 }
 

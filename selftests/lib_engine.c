@@ -149,6 +149,19 @@ TEST_F(pair, lost_page_is_noticed)
 	EXPECT_RUNS_AT_SOURCE();
 }
 
+/* The round has been sent, and will never be acknowledged; the control connection lives. */
+TEST_F(pair, lost_channel_is_noticed)
+{
+	fake.cut_round = 2;
+	self->source.max_rounds = 1;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-ECONNRESET, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_NE(NULL, strstr(self->source.error, "data channel 0")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(-ECONNRESET, self->world->destination_result) TH_LOG("%s", self->destination.error);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
 TEST_F(pair, destination_without_memory)
 {
 	self->destination.max_bytes = 32 * MIB;

@@ -66,6 +66,7 @@ struct fake_stream {
 static struct {
 	_Atomic bool no_device;
 	_Atomic uint64_t lose_page;	/* this page plus 1: when dirty, it is taken for clean and not sent */
+	_Atomic uint32_t cut_round;	/* at its end channel 0 is lost, which only this side knows */
 	_Atomic uint64_t bytes_per_second;	/* 0: as fast as it goes */
 } fake;
 
@@ -162,6 +163,7 @@ static void __attribute__((unused)) fake_reset(void)
 			fake_streams[i] = (struct fake_stream){ 0 };
 	fake.no_device = false;
 	fake.lose_page = 0;
+	fake.cut_round = 0;
 	fake.bytes_per_second = 0;
 }
 
@@ -349,6 +351,8 @@ static int fake_end_round(struct fake_stream *stream, uint32_t channel)
 	struct lmtrack_wire_frame raw;
 	struct iovec vec = { &raw, sizeof(raw) };
 
+	if (!channel && fake.cut_round == stream->round)
+		return shutdown(stream->sockets[channel], SHUT_RD);
 	kmig_frame_encode(&frame, NULL, &raw);
 	stream->round_pages[channel] = 0;
 	return fake_send(stream->sockets[channel], &vec, 1);
