@@ -772,8 +772,11 @@ static int last_rounds(struct kmig_source *source)
 		err = finish_round(source, &round);
 		if (!err)
 			err = peek(source, &dirty, false);
-		/* Pinned pages are dirty in every harvest; their devices rest with the guest. */
-		if (err || dirty <= source->pinned)
+		/*
+		 * Pinned pages are dirty in every harvest; their devices rest with the guest. But the
+		 * number does not tell which they are: after the pause all of them are sent once more.
+		 */
+		if (err || !dirty || (n > 0 && dirty <= source->pinned))
 			break;
 		if (n == LAST_ROUNDS_MAX)
 			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
