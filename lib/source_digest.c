@@ -238,5 +238,8 @@ uint64_t kmig_source_digest_cost(struct kmig_source_digest *digest, uint64_t chu
 {
 	uint64_t done = atomic_load(&digest->digested);
 
-	return done ? atomic_load(&digest->busy_ns) / done * chunks : 0;
+	/* Before the first was timed, it is not known: that is no reason to take it for free. */
+	if (!done)
+		return chunks ? UINT64_MAX : 0;
+	return atomic_load(&digest->busy_ns) / done * chunks;
 }
