@@ -24,7 +24,7 @@ static int hmac(const void *key, size_t key_len, const struct part *parts, unsig
 		OSSL_PARAM_construct_end(),
 	};
 	EVP_MAC *algorithm = EVP_MAC_fetch(NULL, "HMAC", NULL);
-	EVP_MAC_CTX *mac = EVP_MAC_CTX_new(algorithm);
+	EVP_MAC_CTX *mac = algorithm ? EVP_MAC_CTX_new(algorithm) : NULL;
 	size_t length = 0;
 	bool ok;
 
