@@ -276,13 +276,27 @@ static int idle_control(struct kmig_destination *destination)
 static int channels(struct kmig_destination *destination)
 {
 	struct kmig_acceptor *acceptor = &destination->acceptor;
+	uint64_t last_ns = kmig_now_ns();
 	int sockets[LMTRACK_CHANNELS_MAX];
-	int err = 0;
+	int there = 0, err = 0;
 
 	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++)
 		sockets[i] = -1;
-	while (kmig_acceptor_channels(acceptor, &destination->session, destination->stream, sockets,
-				      destination->channels) < (int)destination->channels) {
+	for (;;) {
+		int n = kmig_acceptor_channels(acceptor, &destination->session, destination->stream, sockets,
+					       destination->channels);
+
+		if (n == (int)destination->channels)
+			break;
+		if (n > there)
+			last_ns = kmig_now_ns();
+		there = n;
+		/* One that was lost, or turned away, does not come again; the source may not know. */
+		if (kmig_now_ns() - last_ns > kmig_ms(destination->opts.timeout_ms)) {
+			err = kmig_fail(destination->ctx, -ETIMEDOUT, "%d of %u data channels have come, and no other within %u ms",
+					there, destination->channels, destination->opts.timeout_ms);
+			break;
+		}
 		err = kmig_acceptor_poll(acceptor, destination->control.fd, TICK_MS);
 		if (!err)
 			err = idle_control(destination);

@@ -227,6 +227,35 @@ TEST_F(door, strangers_at_the_channels)
 	EXPECT_EQ(-ECONNRESET, victim_join(&self->victim));
 }
 
+/* The source lives, but one of its channels was lost on the way. */
+TEST_F(door, channel_that_does_not_come)
+{
+	struct victim quick = { .opts = KMIG_DESTINATION_OPTS_INIT };
+	struct peer_channel_frame wire;
+	struct peer peer = { 0 };
+	int signs = 0;
+
+	quick.opts.timeout_ms = 400;
+	ASSERT_EQ(0, victim_start(&quick, GUEST_BYTES));
+	peer = (struct peer){ .port = quick.port, .channel = { -1, -1 } };
+	ASSERT_TRUE(peer_greet(&peer));
+	ASSERT_TRUE(peer_prove(&peer));
+	ASSERT_TRUE(peer_announce(&peer, GUEST_BYTES));
+	peer.channel[1] = peer_socket(quick.port);
+	peer_make_channel(&peer, 1, &wire);
+	ASSERT_TRUE(put(peer.channel[1], &wire, sizeof(wire)));
+	while (signs < 40 && peer_send(&peer, LMTRACK_MSG_KEEPALIVE, NULL, 0)) {
+		usleep(100000);
+		signs++;
+	}
+	EXPECT_GT(40, signs);
+	EXPECT_EQ(-ETIMEDOUT, victim_join(&quick));
+	EXPECT_NE(NULL, strstr(quick.error, "1 of 2 data channels")) TH_LOG("%s", quick.error);
+	peer_end(&peer);
+	victim_end(&quick);
+	EXPECT_SOURCE_SERVED();
+}
+
 TEST_F(door, channel_twice)
 {
 	struct peer_channel_frame wire;
