@@ -107,7 +107,7 @@ static void await_hangup(int fd)
 	shutdown(fd, SHUT_WR);
 	do {
 		n = recv(fd, scrap, sizeof(scrap), MSG_DONTWAIT);
-	} while (n > 0 || (n < 0 && errno == EAGAIN && !kmig_net_wait(fd, POLLIN, deadline, -1)));
+	} while ((n > 0 || (n < 0 && errno == EAGAIN)) && !kmig_net_wait(fd, POLLIN, deadline, -1));
 }
 
 void kmig_control_close(struct kmig_control *control)
@@ -249,25 +249,23 @@ static int read_message(struct kmig_control *control)
 
 int kmig_control_next(struct kmig_control *control, struct kmig_message *message)
 {
-	for (;;) {
-		int n = read_message(control);
+	int n = read_message(control);
 
-		if (n <= 0)
-			return n;
-		control->have = 0;
-		n = check_message(control);
-		if (n)
-			return n;
-		*message = (struct kmig_message){
-			.type = le16toh(control->header.type),
-			.length = le32toh(control->header.length),
-			.body = control->body,
-		};
-		if (message->type == LMTRACK_MSG_ABORT)
-			return peer_abort(control, message->body, message->length);
-		if (message->type != LMTRACK_MSG_KEEPALIVE)
-			return 1;
-	}
+	if (n <= 0)
+		return n;
+	control->have = 0;
+	n = check_message(control);
+	if (n)
+		return n;
+	*message = (struct kmig_message){
+		.type = le16toh(control->header.type),
+		.length = le32toh(control->header.length),
+		.body = control->body,
+	};
+	if (message->type == LMTRACK_MSG_ABORT)
+		return peer_abort(control, message->body, message->length);
+	/* Not the next one instead: who sends nothing else would keep us here. */
+	return message->type != LMTRACK_MSG_KEEPALIVE;
 }
 
 int kmig_control_check_silence(struct kmig_control *control)
@@ -295,11 +293,10 @@ int kmig_control_last_words(struct kmig_control *control, int err)
 	    (err != -ECONNRESET && err != -EPIPE && err != -ECONNREFUSED && err != -ENOTCONN))
 		return err;
 	memcpy(text, control->ctx->error, sizeof(text));
+	/* The wait looks at the deadline before all else, however much there is to read. */
 	do {
-		int n;
+		int n = kmig_control_next(control, &message);
 
-		while ((n = kmig_control_next(control, &message)) > 0)
-			;
 		if (control->peer_aborted)
 			return n;
 		if (n < 0)

@@ -56,9 +56,12 @@ int kmig_control_send(struct kmig_control *control, uint16_t type, const void *b
 void kmig_control_send_abort(struct kmig_control *control, int err, uint32_t flags, const char *text);
 
 /*
- * The next message: 1, 0 when none is there yet, or an error: the peer's ABORT is the errno
- * it carries. Keepalives are consumed here.
+ * The next message: 1, 0 when none is there yet or it was a keepalive, or an error: the peer's
+ * ABORT is the errno it carries. Nothing is read beyond the message, so poll() tells whether
+ * there is more. A loop takes no more than KMIG_CONTROL_BATCH at once: a peer that sends
+ * without end must not keep the engine from its limits, or from an abort.
  */
+#define KMIG_CONTROL_BATCH 64
 int kmig_control_next(struct kmig_control *control, struct kmig_message *message);
 /* Wait for a message of this type; any other is EPROTO. */
 int kmig_control_expect(struct kmig_control *control, uint16_t type, struct kmig_message *message);

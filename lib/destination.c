@@ -463,7 +463,7 @@ static int receive(struct kmig_destination *destination)
 			if (err)
 				return err;
 		}
-		while ((n = kmig_control_next(control, &message)) > 0) {
+		for (int i = 0; i < KMIG_CONTROL_BATCH && (n = kmig_control_next(control, &message)) > 0; i++) {
 			err = handle(destination, &message);
 			if (err)
 				return err;

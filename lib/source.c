@@ -533,7 +533,7 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	/* The caller looks itself whether they are done; here it only ends the wait, once. */
 	if (fds[3].revents)
 		kmig_workers_busy(&source->digest.workers);
-	while ((n = kmig_control_next(&source->control, &message)) > 0) {
+	for (int i = 0; i < KMIG_CONTROL_BATCH && (n = kmig_control_next(&source->control, &message)) > 0; i++) {
 		err = handle(source, &message);
 		if (err)
 			return err;
