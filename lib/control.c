@@ -312,22 +312,30 @@ int kmig_control_unexpected(struct kmig_control *control, const struct kmig_mess
 			 kmig_message_name(message->type));
 }
 
-int kmig_control_expect(struct kmig_control *control, uint16_t type, struct kmig_message *message)
+int kmig_control_expect_until(struct kmig_control *control, uint16_t type, uint64_t deadline_ns,
+			      struct kmig_message *message)
 {
 	for (;;) {
 		int n = kmig_control_next(control, message);
+		uint64_t silence = control->heard_ns + kmig_ms(control->timeout_ms);
 
 		if (n < 0)
 			return n;
 		if (n > 0)
 			return message->type == type ? 0 : kmig_control_unexpected(control, message);
-		n = kmig_net_wait(control->fd, POLLIN, control->heard_ns + kmig_ms(control->timeout_ms), control->abort_fd);
+		n = kmig_net_wait(control->fd, POLLIN, silence < deadline_ns ? silence : deadline_ns, control->abort_fd);
 		if (n == -ECANCELED)
 			return kmig_fail(control->ctx, n, "aborted");
 		if (n == -ETIMEDOUT)
 			return kmig_control_check_silence(control) ?:
-			       kmig_fail(control->ctx, n, "waiting for the %s", control->peer);
+			       kmig_fail(control->ctx, n, "the %s lives, but did not say %s in time", control->peer,
+					 kmig_message_name(type));
 		if (n)
 			return kmig_fail(control->ctx, n, "waiting for the %s: %s", control->peer, strerror(-n));
 	}
+}
+
+int kmig_control_expect(struct kmig_control *control, uint16_t type, struct kmig_message *message)
+{
+	return kmig_control_expect_until(control, type, UINT64_MAX, message);
 }

@@ -65,6 +65,9 @@ void kmig_control_send_abort(struct kmig_control *control, int err, uint32_t fla
 int kmig_control_next(struct kmig_control *control, struct kmig_message *message);
 /* Wait for a message of this type; any other is EPROTO. */
 int kmig_control_expect(struct kmig_control *control, uint16_t type, struct kmig_message *message);
+/* Likewise, and ETIMEDOUT at @deadline_ns, though the peer lives. */
+int kmig_control_expect_until(struct kmig_control *control, uint16_t type, uint64_t deadline_ns,
+			      struct kmig_message *message);
 /* ETIMEDOUT when the peer has been silent for too long. */
 int kmig_control_check_silence(struct kmig_control *control);
 /* ECANCELED when an abort was asked for. */

@@ -21,6 +21,12 @@
 #define PIN_LOOK_MS 20
 #define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
 #define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
+/*
+ * Signs of life come from a thread of their own. While the guest stands, they are not enough:
+ * an answer has to come within so many times the time-out.
+ */
+#define ANSWER_TIMEOUTS 6
+#define NEEDS_MAX 4		/* digests that are asked for again, at most so often */
 #define RATE_BYTES_MIN (1u << 20)	/* a round below this says little about the wire */
 
 struct kmig_source {
@@ -60,6 +66,7 @@ struct kmig_source {
 	size_t state_length;
 	bool paused, committed;
 	uint64_t paused_ns;
+	uint64_t asked_ns;			/* since then the paused guest waits for an answer; 0: for none */
 
 	struct kmig_clock clock;
 	struct kmig_report report;
@@ -458,6 +465,7 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 		if (source->acked == source->round || le32toh(ack->round) != source->round)
 			break;
 		source->acked = source->round;
+		source->asked_ns = 0;
 		kmig_source_digest_acked(&source->digest, source->acked);
 		return 0;
 	case LMTRACK_MSG_NEED:
@@ -488,7 +496,14 @@ static int round_sent(struct kmig_source *source, struct kmig_round *round)
 		return kmig_fail(source->ctx, round->error, "round %u, data channel %d: %s", round->round,
 				 round->channel, strerror(-round->error));
 	source->sending = false;
+	if (source->paused && source->acked != source->round)
+		source->asked_ns = kmig_now_ns();
 	return 0;
+}
+
+static uint64_t answer_limit_ns(const struct kmig_source *source)
+{
+	return kmig_ms(source->opts.timeout_ms) * ANSWER_TIMEOUTS;
 }
 
 /*
@@ -546,6 +561,9 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	/* Last: the others may say why. */
 	if (!err)
 		err = check_channels(source, fds + 4);
+	if (!err && source->asked_ns && kmig_now_ns() - source->asked_ns > answer_limit_ns(source))
+		err = kmig_fail(source->ctx, -ETIMEDOUT, "the guest is paused, and the destination lives but did not answer within %u ms: its VMM may hang",
+				source->opts.timeout_ms * ANSWER_TIMEOUTS);
 	if (!err && kmig_report_due(&source->clock))
 		tell(source);
 	return err;
@@ -791,6 +809,7 @@ static int last_rounds(struct kmig_source *source)
 static int check(struct kmig_source *source)
 {
 	struct lmtrack_wire_prepare prepare = { .round = htole32(source->round) };
+	unsigned int needs = 0;
 	struct kmig_round round;
 	int err;
 
@@ -803,10 +822,14 @@ static int check(struct kmig_source *source)
 		}
 		source->need = false;
 		err = kmig_control_send(&source->control, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare));
+		source->asked_ns = kmig_now_ns();
 		while (!err && !source->ready && !source->need)
 			err = step(source, &round);
 		if (err)
 			return err;
+		source->asked_ns = 0;
+		if (source->need && ++needs > NEEDS_MAX)
+			return kmig_fail(source->ctx, -EPROTO, "the destination asks for digests again and again");
 		if (source->need) {
 			kmig_log(source->ctx, KMIG_LOG_DEBUG, "the destination still needs digests");
 			kmig_source_digest_need(&source->digest);
@@ -890,7 +913,8 @@ static int await_running(struct kmig_source *source)
 
 	/* Too late to change one's mind. */
 	source->control.abort_fd = -1;
-	err = kmig_control_expect(&source->control, LMTRACK_MSG_RUNNING, &message);
+	err = kmig_control_expect_until(&source->control, LMTRACK_MSG_RUNNING,
+					kmig_now_ns() + answer_limit_ns(source), &message);
 	if (!err)
 		return 0;
 	if (source->control.peer_aborted && (source->control.abort_flags & LMTRACK_ABORT_NOT_RUN)) {

@@ -223,6 +223,34 @@ TEST_F(pair, can_be_tried_again)
 	EXPECT_SAME_MEMORY();
 }
 
+/* Its engine's other thread says that it lives: the guest does not wait for that. */
+TEST_F(pair, load_hangs)
+{
+	self->source.timeout_ms = self->destination.timeout_ms = HANG_MS / 8;
+	self->destination.act = HANG;
+	self->destination.at = AT_LOAD;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-ETIMEDOUT, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_NE(NULL, strstr(self->source.error, "lives")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_NE(0, self->world->destination_result);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
+TEST_F(pair, run_hangs)
+{
+	self->source.timeout_ms = self->destination.timeout_ms = HANG_MS / 8;
+	self->destination.act = HANG;
+	self->destination.at = AT_RUN;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-EINPROGRESS, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(KMIG_UNKNOWN, (int)self->world->source_verdict);
+	EXPECT_FALSE(self->world->source_runs);
+	/* In the end it did what it was told. */
+	EXPECT_TRUE(self->world->destination_runs);
+	guest_end(&self->world->guest);
+}
+
 /* ---- An abort in each state ---- */
 
 FIXTURE(aborted) {

@@ -131,7 +131,9 @@ struct world {
 	_Atomic int source_result, destination_result, source_verdict, destination_verdict;
 };
 
-enum act { NOTHING, ABORT, KILL, STOP };
+enum act { NOTHING, ABORT, KILL, STOP, HANG };
+
+#define HANG_MS 4000
 /* Beside the ten states, the moments in which the VMM works for an engine. */
 enum { AT_PAUSE = KMIG_STATES, AT_SAVE, AT_LOAD, AT_RUN, AT_PREPARE, POINTS };
 
@@ -170,6 +172,8 @@ static inline void act(struct side *side, int at)
 		side->act = NOTHING;	/* once */
 		raise(SIGSTOP);
 	}
+	if (side->act == HANG)
+		usleep(HANG_MS * 1000);
 	if (side->act == ABORT && side->is_source)
 		kmig_source_abort(side->engine);
 	else if (side->act == ABORT)

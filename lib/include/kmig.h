@@ -246,7 +246,11 @@ struct kmig_source_opts {
 	unsigned int channels;	/* 1 to 64 */
 	uint32_t downtime_ms;	/* limit that decides when to pause; 1 to 60000 */
 	uint32_t max_rounds;	/* pre-copy ends after so many, 1 to 10000 */
-	uint32_t timeout_ms;	/* longest silence of the peer */
+	/*
+	 * Longest silence of the peer. Its VMM may take longer, but while the guest is paused no
+	 * more than six times this: to load the device state, to run
+	 */
+	uint32_t timeout_ms;
 	bool no_zero_detection;
 	bool allow_pinned;	/* go on with pages pinned for devices: they are sent in every round */
 };
