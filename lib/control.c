@@ -8,6 +8,8 @@
 #define HEADER sizeof(struct lmtrack_wire_message)
 /* Within the time after which silence counts as death, so many signs of life. */
 #define SIGNS_OF_LIFE 4
+/* The peer's time-out may be shorter than ours, and is not known here. */
+#define SIGN_OF_LIFE_MS 1000
 #define ABORT_WAIT_MS 500
 #define LAST_WORDS_MS 300
 
@@ -43,7 +45,8 @@ static int send_locked(struct kmig_control *control, uint16_t type, const void *
 static void *keepalive(void *data)
 {
 	struct kmig_control *control = data;
-	uint64_t interval = kmig_ms(control->timeout_ms) / SIGNS_OF_LIFE;
+	uint32_t interval_ms = control->timeout_ms / SIGNS_OF_LIFE;
+	uint64_t interval = kmig_ms(interval_ms < SIGN_OF_LIFE_MS ? interval_ms : SIGN_OF_LIFE_MS);
 
 	pthread_mutex_lock(&control->stop_lock);
 	while (!control->stop) {

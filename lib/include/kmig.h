@@ -247,7 +247,8 @@ struct kmig_source_opts {
 	uint32_t downtime_ms;	/* limit that decides when to pause; 1 to 60000 */
 	uint32_t max_rounds;	/* pre-copy ends after so many, 1 to 10000 */
 	/*
-	 * Longest silence of the peer. Its VMM may take longer, but while the guest is paused no
+	 * Longest silence of the peer, which gives a sign of life every second or, if that is
+	 * less, every quarter of its own time-out: give both sides about the same. Its VMM may take longer, but while the guest is paused no
 	 * more than six times this: to load the device state, to run
 	 */
 	uint32_t timeout_ms;
@@ -308,7 +309,7 @@ struct kmig_destination_opts {
 	uint16_t port;		/* 0: any free one, see kmig_destination_address() */
 	const void *secret;
 	size_t secret_len;
-	uint32_t timeout_ms;	/* longest silence of the source once it has connected */
+	uint32_t timeout_ms;	/* longest silence of the source once it has connected; see the source's */
 	/*
 	 * Largest sum of regions accepted; what exists of them must also be available then.
 	 * 0: all of the sum must be, in MemAvailable and in the memory cgroups of this process
