@@ -185,7 +185,8 @@ static int peer_abort(struct kmig_control *control, const struct lmtrack_wire_ab
 	text[n] = '\0';
 	control->peer_aborted = true;
 	control->abort_flags = le32toh(abort->flags);
-	if (!err || err > 4095)
+	/* EINPROGRESS is how we say that the outcome is unknown: no peer decides that. */
+	if (!err || err > 4095 || err == EINPROGRESS)
 		err = EPROTO;
 	return kmig_fail(control->ctx, -(int)err, "the %s gave up: %s", control->peer, text);
 }
@@ -295,7 +296,7 @@ int kmig_control_last_words(struct kmig_control *control, int err)
 	if (control->fd < 0 || control->peer_aborted ||
 	    (err != -ECONNRESET && err != -EPIPE && err != -ECONNREFUSED && err != -ENOTCONN))
 		return err;
-	memcpy(text, control->ctx->error, sizeof(text));
+	kmig_copy_error(control->ctx, text);
 	/* The wait looks at the deadline before all else, however much there is to read. */
 	do {
 		int n = kmig_control_next(control, &message);

@@ -84,6 +84,13 @@ int kmig_fail(struct kmig_ctx *ctx, int err, const char *fmt, ...)
 	return err;
 }
 
+void kmig_copy_error(struct kmig_ctx *ctx, char text[KMIG_ERROR_MAX])
+{
+	pthread_mutex_lock(&ctx->lock);
+	memcpy(text, ctx->error, sizeof(ctx->error));
+	pthread_mutex_unlock(&ctx->lock);
+}
+
 void kmig_restore_error(struct kmig_ctx *ctx, const char text[KMIG_ERROR_MAX])
 {
 	pthread_mutex_lock(&ctx->lock);

@@ -601,7 +601,7 @@ int kmig_destination_run(struct kmig_destination *destination)
 	err = migrate(destination);
 	if (err)
 		err = kmig_control_last_words(&destination->control, err);
-	memcpy(text, destination->ctx->error, sizeof(text));
+	kmig_copy_error(destination->ctx, text);
 	if (err)
 		give_up(destination, err);
 	else

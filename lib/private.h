@@ -47,6 +47,9 @@ int kmig_copy_sized(struct kmig_ctx *ctx, void *to, size_t known, size_t least, 
 /* Fill a structure of the caller's that begins with its size, as far as it reaches. */
 int kmig_fill_sized(struct kmig_ctx *ctx, void *to, const void *from, size_t known, const char *what);
 
+/* The message, while other threads may fail. */
+void kmig_copy_error(struct kmig_ctx *ctx, char text[KMIG_ERROR_MAX]);
+
 /* Put a message back that later, lesser failures have replaced. */
 void kmig_restore_error(struct kmig_ctx *ctx, const char text[KMIG_ERROR_MAX]);
 

@@ -1005,7 +1005,7 @@ int kmig_source_run(struct kmig_source *source)
 		err = kmig_control_last_words(&source->control, err);
 	if (!err)
 		err = await_running(source);
-	memcpy(text, source->ctx->error, sizeof(text));
+	kmig_copy_error(source->ctx, text);
 	if (!err)
 		completed(source);
 	else
