@@ -165,6 +165,7 @@ static bool prove(struct kmig_acceptor *acceptor, struct kmig_guest *guest, stru
 		struct lmtrack_wire_proof proof;
 	} answer;
 	struct lmtrack_wire_proof expected;
+	const struct lmtrack_wire_hello *theirs = &guest->transcript.source.body;
 	const void *given = guest->bytes + sizeof(answer.header);
 
 	if (kmig_auth_proof(acceptor->secret, acceptor->secret_len, "lmtrack source", &guest->transcript, &expected) ||
@@ -181,6 +182,12 @@ static bool prove(struct kmig_acceptor *acceptor, struct kmig_guest *guest, stru
 	kmig_message_encode(LMTRACK_MSG_PROOF, &answer.proof, sizeof(answer.proof), &answer.header);
 	if (!send_now(guest, &answer, sizeof(answer))) {
 		turn_away(acceptor, guest, "it hung up");
+		return false;
+	}
+	/* It has our greeting and our proof, and says the same to whoever uses it. */
+	if (theirs->features || le32toh(theirs->page_size) != acceptor->page_size ||
+	    le32toh(theirs->chunk_pages) != LMTRACK_CHUNK_PAGES) {
+		turn_away(acceptor, guest, "its features, pages or chunks are not ours");
 		return false;
 	}
 	return true;

@@ -157,6 +157,22 @@ TEST_F(door, another_version)
 }
 
 /* More than there are slots for, none of whom says a word. */
+/* One that would have to notice, and does not: it knows the secret, but has other pages. */
+TEST_F(door, other_pages)
+{
+	struct kmig_hello *hello = &self->peer.transcript.source;
+
+	self->peer.control = peer_socket(self->peer.port);
+	ASSERT_LE(0, self->peer.control);
+	ASSERT_EQ(0, kmig_auth_hello(4 * PAGE_BYTES, hello));
+	ASSERT_TRUE(put(self->peer.control, hello, sizeof(*hello)));
+	ASSERT_TRUE(get(self->peer.control, &self->peer.transcript.destination, sizeof(*hello)));
+	EXPECT_TRUE(peer_prove(&self->peer));
+	EXPECT_TRUE(hung_up(self->peer.control));
+	EXPECT_FALSE(self->victim.prepared);
+	EXPECT_SOURCE_SERVED();
+}
+
 TEST_F(door, silent_strangers)
 {
 	int strangers[100];
