@@ -556,7 +556,8 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	if (n < 0)
 		return n;
 	err = kmig_control_check_silence(&source->control);
-	if (!err && source->sending && fds[2].revents)
+	/* POLLERR alone is a failed channel: the round is about to end, and will tell which. */
+	if (!err && source->sending && (fds[2].revents & POLLIN))
 		err = round_sent(source, round);
 	/* Last: the others may say why. */
 	if (!err)
