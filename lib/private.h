@@ -87,6 +87,7 @@ uint64_t kmig_region_resident(struct kmig_region *region);
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
 
 /* Tracking for those who may try again: no message; and the message for when they do not. */
+uint64_t kmig_region_held(struct kmig_region *region);
 int kmig_region_try_track(struct kmig_region *region, bool allow_pinned, uint64_t *pinned_pages);
 int kmig_region_track_failed(struct kmig_region *region, int err, uint64_t pinned_pages);
 

@@ -280,6 +280,14 @@ uint64_t kmig_region_resident(struct kmig_region *region)
 	return region->bytes;
 }
 
+/* Pages that harvests have left dirty because somebody held them, all told. */
+uint64_t kmig_region_held(struct kmig_region *region)
+{
+	struct lmtrack_region_stats stats = { .size = sizeof(stats) };
+
+	return ioctl(region->fd, LMTRACK_REGION_STATS, &stats) ? 0 : stats.repinned_pages;
+}
+
 int kmig_region_get_info(struct kmig_region *region, struct kmig_region_info *out)
 {
 	struct kmig_region_info info = {

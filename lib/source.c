@@ -43,7 +43,6 @@ struct kmig_source {
 	uint64_t *dirty[LMTRACK_REGIONS_MAX];	/* a bitmap of pages for each, from the last peek */
 	unsigned int count;
 	unsigned int tracked;			/* of them, with tracking on */
-	uint64_t pinned;
 
 	struct kmig_session session;
 	struct kmig_control control;
@@ -400,7 +399,6 @@ static int track(struct kmig_source *source, struct kmig_region *region)
 	if (err)
 		return kmig_region_track_failed(region, err, pinned);
 	source->tracked++;
-	source->pinned += pinned;
 	return 0;
 }
 
@@ -765,6 +763,15 @@ static int send_state(struct kmig_source *source)
 	return err;
 }
 
+static uint64_t held_pages(struct kmig_source *source)
+{
+	uint64_t held = 0;
+
+	for (unsigned int i = 0; i < source->count; i++)
+		held += kmig_region_held(source->regions[i]);
+	return held;
+}
+
 /*
  * The vCPUs stand, and the round that carries what they left dirty goes out while the VMM
  * saves its devices. That may still write to memory: only when it is done is memory at rest,
@@ -773,7 +780,7 @@ static int send_state(struct kmig_source *source)
 static int last_rounds(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
-	uint64_t dirty;
+	uint64_t dirty, held = 0, before = 0;
 	int err;
 
 	err = peek(source, &dirty, false);
@@ -792,15 +799,19 @@ static int last_rounds(struct kmig_source *source)
 		if (!err)
 			err = peek(source, &dirty, false);
 		/*
-		 * Pinned pages are dirty in every harvest; their devices rest with the guest. But the
-		 * number does not tell which they are: after the pause all of them are sent once more.
+		 * Pages that somebody holds for I/O are dirty after every harvest, written or not. Their
+		 * devices rest with the guest, so once they were sent after the pause it is enough: if
+		 * no more is dirty than was held in a round begun since, it is they.
 		 */
-		if (err || !dirty || (n > 0 && dirty <= source->pinned))
+		if (n > 0)
+			held = held_pages(source) - before;
+		if (err || dirty <= held)
 			break;
 		if (n == LAST_ROUNDS_MAX)
 			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
 					 (unsigned long long)dirty);
 		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
+		before = held_pages(source);
 		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
 	}
 	return err;
