@@ -31,7 +31,7 @@ CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
 .PHONY: all modules lib tools selftests guest check demo lint install clean distclean
-.PHONY: lint-checkpatch
+.PHONY: lint-checkpatch check-installed
 all: modules lib tools
 
 modules: $(KERNELS:%=module-%)
@@ -58,8 +58,13 @@ selftests: lib tools
 guest:
 	@$(SUB) -C selftests/guest all
 
+# What is tested on which kernels is only known once they are installed.
+check:
+	@tools/setup/install
+	@$(MAKE) --no-print-directory check-installed
+
 # One kernel after the other: each run owns the machine's processors.
-check: lint lib tools selftests guest $(CHECK_KERNELS:%=module-%)
+check-installed: lint lib tools selftests guest $(CHECK_KERNELS:%=module-%)
 	@selftests/check $(CHECK_KERNELS)
 
 demo:
