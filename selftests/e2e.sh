@@ -20,10 +20,16 @@ guest_kernel=/boot/vmlinuz-$("$root/tools/vm/kernels" 6.12)
 # that a sender is slowed down, as by a network card, and not told by losses.
 link_up()
 {
-	local ns
-
 	ip netns add src
 	ip netns add dst
+	link_add "$1"
+}
+
+# link_add RATE: the link alone, where it is gone.
+link_add()
+{
+	local ns
+
 	ip link add veth0 netns src type veth peer name veth0 netns dst
 	ip -n src addr add $src_ip/24 dev veth0
 	ip -n dst addr add $dst_ip/24 dev veth0
