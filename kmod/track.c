@@ -145,7 +145,7 @@ static void mm_note_pins(struct lmtrack_region *region, struct mm_struct *mm)
 		WRITE_ONCE(region->maybe_pinned, true);
 }
 
-/* a mapping of the region is going away */
+/* A mapping of the region is going away */
 void lmtrack_mm_del(struct lmtrack_region *region, struct vm_area_struct *vma)
 {
 	struct mm_struct *mm = vma->vm_mm;
@@ -165,7 +165,7 @@ void lmtrack_mm_del(struct lmtrack_region *region, struct vm_area_struct *vma)
 	mmdrop(mm);
 }
 
-/* processes that map the region now */
+/* Processes that map the region now */
 u64 lmtrack_mm_count(struct lmtrack_region *region)
 {
 	struct lmtrack_mm *entry;
@@ -293,7 +293,7 @@ static void flip_later(struct lmtrack_region *region)
 
 /* ---- Marking ---- */
 
-/* have the next harvest look at the chunk */
+/* Have the next harvest look at the chunk */
 void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
 			 unsigned long index)
 {
@@ -370,7 +370,7 @@ static void chunk_clip(unsigned long *bits, unsigned long index, pgoff_t first, 
 	bitmap_set(bits, from, to - from + 1);
 }
 
-/* pages do not exist any more: whoever has a copy must hear of it */
+/* Pages do not exist any more: whoever has a copy must hear of it */
 void lmtrack_mark_punched(struct lmtrack_region *region, pgoff_t first, pgoff_t last)
 {
 	DECLARE_BITMAP(bits, LMTRACK_CHUNK_PAGES);
@@ -677,7 +677,7 @@ void lmtrack_sender_end(struct lmtrack_region *region)
 	mutex_unlock(&region->harvest_lock);
 }
 
-/* the first chunk from @index on that is queued, or that exists */
+/* The first chunk from @index on that is queued, or that exists */
 bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, bool all)
 {
 	return xa_find(&region->chunks, index, ULONG_MAX,
@@ -825,7 +825,7 @@ long lmtrack_track_stop(struct file *file, void *arg)
 	return ret;
 }
 
-/* an open file of the region was closed for the last time */
+/* An open file of the region was closed for the last time */
 void lmtrack_track_release(struct lmtrack_region *region, const struct file *file)
 {
 	bool ours;
