@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 /*
  * The source engine. It reads top-down at the end of the file: kmig_source_run() goes through
- * the ten states on the caller's thread; the kernel's stream sends memory, digests and signs
+ * the ten states on the caller's thread; a tracker notes writes and sends memory, digests and signs
  * of life have threads of their own.
  *
  * Who may run the guest: until COMMIT has been handed to the network whole, we. From then on
@@ -11,14 +11,13 @@
 #include "net.h"
 #include "report.h"
 #include "source_digest.h"
+#include "tracker.h"
 
 #include <openssl/rand.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 
 #define TICK_MS 100
-#define PIN_WAIT_MS 1000	/* how long pinned pages may be I/O in flight */
-#define PIN_LOOK_MS 20
 #define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
 #define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
 /*
@@ -42,13 +41,12 @@ struct kmig_source {
 	struct kmig_region *regions[LMTRACK_REGIONS_MAX];
 	uint64_t *dirty[LMTRACK_REGIONS_MAX];	/* a bitmap of pages for each, from the last peek */
 	unsigned int count;
-	unsigned int tracked;			/* of them, with tracking on */
 
 	struct kmig_session session;
 	struct kmig_control control;
 	struct kmig_source_digest digest;
 	bool digesting;
-	struct kmig_stream *stream;
+	struct kmig_tracker *tracker;
 	uint64_t stream_id;
 	int sockets[LMTRACK_CHANNELS_MAX];
 
@@ -56,7 +54,7 @@ struct kmig_source {
 	uint64_t round_begin_ns;
 	uint64_t round_expected;		/* pages, as far as known when it began */
 	uint64_t pages_before;			/* sent in earlier rounds */
-	bool sending;				/* the stream has not finished the round */
+	bool sending;				/* the tracker has not finished the round */
 	bool channels_ready, ready, need;	/* CHANNELS_READY, READY, NEED have come */
 	double rate;				/* bytes a second on the wire */
 	uint64_t trip_ns;			/* of the smallest round: what even nothing costs */
@@ -135,10 +133,13 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
 
 int kmig_source_add_region(struct kmig_source *source, struct kmig_region *region)
 {
+	int err;
+
 	if (source->used)
 		return kmig_fail(source->ctx, -EBUSY, "source: regions are added before it runs");
-	if (region->kind != KMIG_REGION_LMTRACK)
-		return kmig_fail(source->ctx, -EOPNOTSUPP, "region %s is a memfd: only an lmtrack region can be migrated from", region->name);
+	err = kmig_tracker_accepts(source->opts.tracker, region);
+	if (err)
+		return err;
 	if (source->count == LMTRACK_REGIONS_MAX)
 		return kmig_fail(source->ctx, -ENOSPC, "source: %d regions are the most there can be", LMTRACK_REGIONS_MAX);
 	for (unsigned int i = 0; i < source->count; i++)
@@ -164,10 +165,10 @@ static void update_report(struct kmig_source *source)
 	struct kmig_channel_stats stats;
 
 	report->total_ns = kmig_now_ns() - source->clock.start_ns;
-	if (!source->stream)
+	if (!source->tracker)
 		return;
 	for (unsigned int i = 0; i < source->opts.channels; i++) {
-		if (source->sockets[i] < 0 || kmig_stream_channel_stats(source->stream, i, &stats))
+		if (source->sockets[i] < 0 || kmig_tracker_channel_stats(source->tracker, i, &stats))
 			return;
 		data += stats.data_pages;
 		zero += stats.zero_pages;
@@ -370,7 +371,7 @@ static int connect_channel(struct kmig_source *source, uint32_t number)
 	if (!err)
 		err = kmig_net_send(fd, &wire, sizeof(wire), kmig_now_ns() + kmig_ms(source->opts.timeout_ms),
 				    source->abort_fd);
-	/* From now on its only writer is the kernel, which may wait for room. */
+	/* From now on its only writer is the tracker, which may wait for room. */
 	if (!err)
 		err = kmig_net_set_blocking(fd, true);
 	if (err)
@@ -378,50 +379,31 @@ static int connect_channel(struct kmig_source *source, uint32_t number)
 	return 0;
 }
 
-/*
- * A pin is I/O in flight, which ends, or a device's for good. Only the latter is a reason to
- * refuse.
- */
-static int track(struct kmig_source *source, struct kmig_region *region)
+static int start_tracker(struct kmig_source *source)
 {
-	struct pollfd abort = { .fd = source->abort_fd, .events = POLLIN };
-	uint64_t deadline = kmig_now_ns() + kmig_ms(PIN_WAIT_MS);
-	uint64_t pinned;
+	struct kmig_tracker_config config = {
+		.ctx = source->ctx,
+		.kind = source->opts.tracker,
+		.regions = source->regions,
+		.count = source->count,
+		.stream = source->stream_id,
+		.no_zero_detection = source->opts.no_zero_detection,
+		.allow_pinned = source->opts.allow_pinned,
+		.abort_fd = source->abort_fd,
+	};
+	struct kmig_tracker *tracker;
 	int err;
 
-	for (;;) {
-		err = kmig_region_try_track(region, source->opts.allow_pinned, &pinned);
-		if (err != -EBUSY || !pinned || kmig_now_ns() > deadline)
-			break;
-		if (poll(&abort, 1, PIN_LOOK_MS) > 0)
-			return kmig_fail(source->ctx, -ECANCELED, "aborted");
-	}
-	if (err)
-		return kmig_region_track_failed(region, err, pinned);
-	source->tracked++;
-	return 0;
-}
-
-static int start_stream(struct kmig_source *source)
-{
-	struct kmig_stream_opts opts = KMIG_STREAM_OPTS_INIT;
-	int err = 0;
-
-	for (unsigned int i = 0; i < source->count && !err; i++)
-		err = track(source, source->regions[i]);
+	err = kmig_tracker_new(&config, &tracker);
 	if (err)
 		return err;
-	opts.id = source->stream_id;
-	opts.no_zero_detection = source->opts.no_zero_detection;
-	err = kmig_stream_create(source->ctx, &opts, &source->stream);
-	for (unsigned int i = 0; i < source->count && !err; i++)
-		err = kmig_stream_add_region(source->stream, source->regions[i], i);
-	for (unsigned int i = 0; i < source->opts.channels && !err; i++) {
-		int number = kmig_stream_add_channel(source->stream, source->sockets[i]);
-
-		if (number < 0)
-			err = number;
-	}
+	err = kmig_tracker_start(tracker);
+	for (unsigned int i = 0; i < source->opts.channels && !err; i++)
+		err = kmig_tracker_add_channel(tracker, source->sockets[i]);
+	if (err)
+		kmig_tracker_free(tracker);
+	else
+		source->tracker = tracker;
 	return err;
 }
 
@@ -481,10 +463,10 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 	return kmig_control_unexpected(&source->control, message);
 }
 
-/* The stream says it is done with the round: take the figures over. */
+/* The tracker says it is done with the round: take the figures over. */
 static int round_sent(struct kmig_source *source, struct kmig_round *round)
 {
-	int err = kmig_stream_wait(source->stream, 0, round);
+	int err = kmig_tracker_wait(source->tracker, round);
 
 	if (err == -ETIMEDOUT || err == -EINTR)
 		return 0;
@@ -530,7 +512,7 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	struct pollfd fds[4 + LMTRACK_CHANNELS_MAX] = {
 		{ .fd = source->control.fd, .events = POLLIN },
 		{ .fd = source->abort_fd, .events = POLLIN },
-		{ .fd = source->sending ? kmig_stream_fd(source->stream) : -1, .events = POLLIN },
+		{ .fd = source->sending ? kmig_tracker_fd(source->tracker) : -1, .events = POLLIN },
 		{ .fd = source->digesting ? source->digest.workers.event_fd : -1, .events = POLLIN },
 	};
 	bool closing = source->report.state >= KMIG_STATE_CHECK;
@@ -587,7 +569,7 @@ static int begin_round(struct kmig_source *source, enum kmig_send_what what, uin
 	source->round_expected = expected;
 	source->pages_before = source->report.data_pages + source->report.zero_pages;
 	source->round_begin_ns = kmig_now_ns();
-	err = kmig_stream_send(source->stream, source->round + 1, what);
+	err = kmig_tracker_send(source->tracker, source->round + 1, what, 0);
 	if (err)
 		return err;
 	source->round++;
@@ -644,7 +626,7 @@ static int peek(struct kmig_source *source, uint64_t *dirty, bool more)
 
 		if (!more)
 			memset(source->dirty[i], 0, kmig_words(pages) * sizeof(uint64_t));
-		err = kmig_region_dirty_get(source->regions[i], false, 0, pages, source->dirty[i], &found);
+		err = kmig_tracker_peek(source->tracker, i, source->dirty[i], &found);
 		if (err)
 			return err;
 		*dirty += found;
@@ -763,15 +745,6 @@ static int send_state(struct kmig_source *source)
 	return err;
 }
 
-static uint64_t held_pages(struct kmig_source *source)
-{
-	uint64_t held = 0;
-
-	for (unsigned int i = 0; i < source->count; i++)
-		held += kmig_region_held(source->regions[i]);
-	return held;
-}
-
 /*
  * The vCPUs stand, and the round that carries what they left dirty goes out while the VMM
  * saves its devices. That may still write to memory: only when it is done is memory at rest,
@@ -804,14 +777,14 @@ static int last_rounds(struct kmig_source *source)
 		 * no more is dirty than was held in a round begun since, it is they.
 		 */
 		if (n > 0)
-			held = held_pages(source) - before;
+			held = kmig_tracker_held(source->tracker) - before;
 		if (err || dirty <= held)
 			break;
 		if (n == LAST_ROUNDS_MAX)
 			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
 					 (unsigned long long)dirty);
 		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
-		before = held_pages(source);
+		before = kmig_tracker_held(source->tracker);
 		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
 	}
 	return err;
@@ -879,7 +852,7 @@ static int migrate(struct kmig_source *source)
 	enter(source, KMIG_STATE_FIRST_PASS);
 	err = start_digests(source);
 	if (!err)
-		err = start_stream(source);
+		err = start_tracker(source);
 	if (!err)
 		err = begin_round(source, KMIG_SEND_ALL, source->round_expected);
 	if (!err)
@@ -963,8 +936,8 @@ static void give_up(struct kmig_source *source, int err, const char *text)
 		if (failed)
 			kmig_log(source->ctx, KMIG_LOG_ERROR, "the guest could not be resumed: %s", strerror(-failed));
 	}
-	if (source->stream)
-		kmig_stream_cancel(source->stream);
+	if (source->tracker)
+		kmig_tracker_cancel(source->tracker);
 	if (!source->control.peer_aborted)
 		kmig_control_send_abort(&source->control, err, 0, text);
 }
@@ -977,16 +950,14 @@ static void clean_up(struct kmig_source *source)
 		shutdown(source->control.fd, SHUT_WR);
 	if (source->digesting)
 		kmig_source_digest_stop(&source->digest);
-	kmig_stream_free(source->stream);
-	source->stream = NULL;
+	kmig_tracker_free(source->tracker);
+	source->tracker = NULL;
 	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++) {
 		if (source->sockets[i] >= 0)
 			close(source->sockets[i]);
 		source->sockets[i] = -1;
 	}
 	kmig_control_close(&source->control);
-	for (unsigned int i = 0; i < source->tracked; i++)
-		kmig_region_track_stop(source->regions[i]);
 	for (unsigned int i = 0; i < source->count; i++) {
 		free(source->dirty[i]);
 		source->dirty[i] = NULL;

@@ -237,6 +237,11 @@ struct kmig_source_ops {
 	void (*round)(const struct kmig_round_report *round, void *data);
 };
 
+enum kmig_tracker_kind {
+	KMIG_TRACKER_AUTO,	/* what the regions can */
+	KMIG_TRACKER_LMTRACK,	/* the kernel module; lmtrack regions only */
+};
+
 struct kmig_source_opts {
 	size_t size;
 	const char *host;	/* destination, numeric or name */
@@ -254,6 +259,7 @@ struct kmig_source_opts {
 	uint32_t timeout_ms;
 	bool no_zero_detection;
 	bool allow_pinned;	/* go on with pages pinned for devices: they are sent in every round */
+	enum kmig_tracker_kind tracker;	/* what notices writes */
 };
 #define KMIG_SOURCE_OPTS_INIT { .size = sizeof(struct kmig_source_opts), .channels = 2, \
 	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000 }

@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Trackers: who knows which pages were written, and sends them.
+ *
+ * The source engine works through this interface only. A tracker notes writes from
+ * kmig_tracker_start() on, sends rounds over the channels it was given, each on threads that
+ * the engine does not see, and tells what is dirty. It belongs to the engine's thread.
+ *
+ * What every tracker holds to:
+ *
+ * - A write that happened before a page was read for a round is in what is sent; one that
+ *   happened later is found dirty afterwards. A range punched out is dirty if the destination
+ *   may have something there.
+ * - All copies of a page go through one channel, in order: a newer one never lands before an
+ *   older one.
+ * - Once a round has failed or was cancelled, nothing is ever sent again: what was harvested
+ *   and not delivered is known to nobody.
+ */
+#ifndef KMIG_TRACKER_H
+#define KMIG_TRACKER_H
+
+#include "private.h"
+
+/* What a tracker is made of; the arrays have to outlive it. */
+struct kmig_tracker_config {
+	struct kmig_ctx *ctx;
+	enum kmig_tracker_kind kind;
+	struct kmig_region **regions;	/* their place is their number in the frames */
+	unsigned int count;
+	uint64_t stream;		/* in the frames */
+	bool no_zero_detection;
+	bool allow_pinned;
+	int abort_fd;			/* ends what start waits for */
+};
+
+/* A round goes out whole with this, held-back pages included; else without them. */
+#define KMIG_SEND_HELD (1u << 0)
+
+#define KMIG_TRACKER_THREADS 16
+
+/* What the guest felt. A tracker that cannot know leaves zeroes. */
+struct kmig_tracker_stats {
+	uint64_t write_faults, fault_ns;
+	uint64_t stuns, stun_ns, stun_max_ns;
+	unsigned int threads;		/* entries in @thread, those who were stunned longest */
+	struct kmig_tracker_thread {
+		pid_t id;
+		uint64_t stuns, stun_ns;
+	} thread[KMIG_TRACKER_THREADS];
+};
+
+struct kmig_tracker {
+	const struct kmig_tracker_ops *ops;
+	struct kmig_tracker_config config;
+};
+
+/*
+ * All return 0 or a negative errno, with the message set unless said otherwise. Those from
+ * @stun on may be missing: the engine then gets EOPNOTSUPP, without a message.
+ */
+struct kmig_tracker_ops {
+	const char *name;
+	/* From its return on every write is noticed; all that exists is dirty. Aborted: ECANCELED. */
+	int (*start)(struct kmig_tracker *tracker);
+	/* A connected, blocking socket, which stays the caller's. Before the first round only. */
+	int (*add_channel)(struct kmig_tracker *tracker, int sock);
+	/* Begin a round; returns at once. */
+	int (*send)(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags);
+	/* Readable when the round has ended. */
+	int (*fd)(const struct kmig_tracker *tracker);
+	/* What came of the round; ETIMEDOUT or EINTR, without a message: it has not ended. */
+	int (*wait)(struct kmig_tracker *tracker, struct kmig_round *round);
+	/* Shut the channels down, and so end the round. */
+	void (*cancel)(struct kmig_tracker *tracker);
+	/*
+	 * Set the bits of what is dirty, clear none, change nothing. @found: how many. Pages held
+	 * back are among them.
+	 */
+	int (*peek)(struct kmig_tracker *tracker, unsigned int region, uint64_t *bitmap, uint64_t *found);
+	/* Pages that harvests have left dirty because somebody held them for I/O, all told. */
+	uint64_t (*held)(struct kmig_tracker *tracker);
+	int (*channel_stats)(struct kmig_tracker *tracker, uint32_t channel, struct kmig_channel_stats *stats);
+	/* Cancels, waits for the threads, stops tracking. */
+	void (*free)(struct kmig_tracker *tracker);
+
+	/* Let so many pages a second become dirty, in all regions together; 0: as many as will. */
+	int (*stun)(struct kmig_tracker *tracker, uint64_t pages_per_second);
+	/*
+	 * Pages of a region that rounds leave out, and leave dirty, until one is sent with
+	 * KMIG_SEND_HELD. Replaces what was said before; NULL: none. Between rounds only.
+	 */
+	int (*hold)(struct kmig_tracker *tracker, unsigned int region, const uint64_t *bitmap);
+	/* Since the start. */
+	int (*stats)(struct kmig_tracker *tracker, struct kmig_tracker_stats *stats);
+};
+
+/* Can @region be migrated from with this kind of tracker? */
+int kmig_tracker_accepts(enum kmig_tracker_kind kind, const struct kmig_region *region);
+
+/* Nothing is tracked yet. */
+int kmig_tracker_new(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
+int kmig_tracker_new_lmtrack(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
+
+static inline int kmig_tracker_start(struct kmig_tracker *tracker)
+{
+	return tracker->ops->start(tracker);
+}
+
+static inline int kmig_tracker_add_channel(struct kmig_tracker *tracker, int sock)
+{
+	return tracker->ops->add_channel(tracker, sock);
+}
+
+static inline int kmig_tracker_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what,
+				    unsigned int flags)
+{
+	return tracker->ops->send(tracker, round, what, flags);
+}
+
+static inline int kmig_tracker_fd(const struct kmig_tracker *tracker)
+{
+	return tracker->ops->fd(tracker);
+}
+
+static inline int kmig_tracker_wait(struct kmig_tracker *tracker, struct kmig_round *round)
+{
+	return tracker->ops->wait(tracker, round);
+}
+
+static inline void kmig_tracker_cancel(struct kmig_tracker *tracker)
+{
+	tracker->ops->cancel(tracker);
+}
+
+static inline int kmig_tracker_peek(struct kmig_tracker *tracker, unsigned int region, uint64_t *bitmap,
+				    uint64_t *found)
+{
+	return tracker->ops->peek(tracker, region, bitmap, found);
+}
+
+static inline uint64_t kmig_tracker_held(struct kmig_tracker *tracker)
+{
+	return tracker->ops->held(tracker);
+}
+
+static inline int kmig_tracker_channel_stats(struct kmig_tracker *tracker, uint32_t channel,
+					     struct kmig_channel_stats *stats)
+{
+	return tracker->ops->channel_stats(tracker, channel, stats);
+}
+
+static inline void kmig_tracker_free(struct kmig_tracker *tracker)
+{
+	if (tracker)
+		tracker->ops->free(tracker);
+}
+
+static inline int kmig_tracker_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
+{
+	return tracker->ops->stun ? tracker->ops->stun(tracker, pages_per_second) : -EOPNOTSUPP;
+}
+
+static inline int kmig_tracker_hold(struct kmig_tracker *tracker, unsigned int region, const uint64_t *bitmap)
+{
+	return tracker->ops->hold ? tracker->ops->hold(tracker, region, bitmap) : -EOPNOTSUPP;
+}
+
+static inline int kmig_tracker_stats(struct kmig_tracker *tracker, struct kmig_tracker_stats *stats)
+{
+	return tracker->ops->stats ? tracker->ops->stats(tracker, stats) : -EOPNOTSUPP;
+}
+
+#endif /* KMIG_TRACKER_H */
