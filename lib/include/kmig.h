@@ -155,6 +155,72 @@ int kmig_stream_cancel(struct kmig_stream *stream);
 int kmig_stream_channel_stats(struct kmig_stream *stream, uint32_t channel, struct kmig_channel_stats *stats);
 void kmig_stream_free(struct kmig_stream *stream);
 
+/* ---- Forecast: what a migration will cost ------------------------------------------------ */
+
+#define KMIG_CURVE_POINTS 16
+
+/**
+ * struct kmig_curve_point - a guest's working set: so many distinct pages written within so long
+ *
+ * Between two points a power law is taken, shorter than the first a proportion, and longer than
+ * the last the law of the last two.
+ */
+struct kmig_curve_point {
+	uint64_t interval_ns;	/* > 0 */
+	uint64_t pages;
+};
+
+struct kmig_forecast_opts {
+	size_t size;
+	uint64_t ram_bytes;		/* of the guest, whole */
+	uint64_t bytes;			/* in use: what the first pass carries */
+	uint32_t page_size;		/* bytes */
+	uint32_t downtime_ms;		/* the limit */
+	uint32_t max_rounds;
+	uint64_t max_time_ms;		/* for everything, 0: no limit */
+	double bytes_per_second;	/* of the wire */
+	const struct kmig_curve_point *curve;
+	unsigned int points;		/* at most KMIG_CURVE_POINTS; 0: the guest writes nothing */
+	uint64_t trip_ns;		/* what a round takes beside its pages */
+	uint64_t blackout_ns;		/* what the blackout takes beside its pages: devices, digests */
+	uint64_t held_pages;		/* held back until the blackout */
+	double convergence;		/* under stun a round leaves at most this part of itself, 0 to 1 */
+	double stun_floor;		/* pages a second that the guest may dirty in any case */
+	bool no_stun;
+	bool under_way;			/* the first pass is over: stun may begin at once */
+};
+#define KMIG_FORECAST_OPTS_INIT { .size = sizeof(struct kmig_forecast_opts), .page_size = 4096, \
+	.downtime_ms = 300, .max_rounds = 30, .convergence = 0.5, .stun_floor = 256 }
+
+struct kmig_forecast {
+	size_t size;
+	bool converges;			/* every limit is kept */
+	uint32_t rounds;		/* before the blackout */
+	uint64_t bytes;
+	uint64_t total_ns, downtime_ns;
+	double stun_pages_per_second;	/* the ceiling that it takes; 0: none */
+	uint64_t next_pages;		/* that the first of these rounds leaves dirty */
+};
+#define KMIG_FORECAST_INIT { .size = sizeof(struct kmig_forecast) }
+
+/**
+ * kmig_forecast() - play a migration through
+ *
+ * Without stun if that keeps the limits; else with the highest ceiling that does, from
+ * @convergence of the wire's rate down to the floor. The formulas stand in lib/forecast.c and,
+ * with their source, in Documentation/convergence.rst.
+ *
+ * EINVAL: an option is missing or out of range.
+ */
+int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts, struct kmig_forecast *forecast);
+
+/* What to do when the downtime cannot be kept within the limits of rounds and time. */
+enum kmig_timeout_action {
+	KMIG_TIMEOUT_STUN,		/* slow the guest down further, for as long as it takes */
+	KMIG_TIMEOUT_SWITCHOVER,	/* pause it all the same: a longer downtime */
+	KMIG_TIMEOUT_ABORT,		/* leave it where it is */
+};
+
 /* ---- Report: what both engines tell during and after a migration -------------------------- */
 
 /* The ten states of a live migration, in order. */

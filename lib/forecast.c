@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+/*
+ * The forecast plays a migration through, round by round. A round that sends d pages of p bytes
+ * at a rate of r bytes/s takes
+ *
+ *	t = d * p / r + trip
+ *
+ * and leaves behind what the guest writes meanwhile: W(t) distinct pages by its working-set
+ * curve, no more than c * t under a ceiling of c pages/s, and no more than there are. Pre-copy
+ * ends when what is left, the pages held back, and what else the blackout costs fit the limit.
+ */
+#include "forecast.h"
+
+#include <math.h>
+
+#define NEAR 1.25		/* intervals that differ by no more say the same */
+#define CEILING_STEP 0.7	/* of the ceiling, when it was still too high */
+
+void kmig_curve_add(struct kmig_curve *curve, uint64_t interval_ns, uint64_t pages)
+{
+	struct kmig_curve_point *points = curve->points;
+	struct kmig_curve_point point = { interval_ns, pages };
+	unsigned int at = 0;
+
+	if (!interval_ns)
+		return;
+	for (unsigned int i = 0; i < curve->count; i++) {
+		if (points[i].interval_ns <= interval_ns * NEAR && interval_ns <= points[i].interval_ns * NEAR) {
+			points[i] = point;
+			return;
+		}
+	}
+	while (at < curve->count && points[at].interval_ns < interval_ns)
+		at++;
+	if (curve->count == KMIG_CURVE_POINTS) {
+		/* The shortest interval says least about the rounds that count. */
+		if (!at)
+			return;
+		memmove(points, points + 1, --at * sizeof(*points));
+	} else {
+		memmove(points + at + 1, points + at, (curve->count - at) * sizeof(*points));
+		curve->count++;
+	}
+	points[at] = point;
+}
+
+/* A power law through two points, no steeper than proportional and never falling. */
+static double power_law(struct kmig_curve_point a, struct kmig_curve_point b, double interval_ns)
+{
+	double slope;
+
+	if (!a.pages || !b.pages)
+		return b.pages * interval_ns / b.interval_ns;
+	slope = log((double)b.pages / a.pages) / log((double)b.interval_ns / a.interval_ns);
+	slope = fmin(fmax(slope, 0), 1);
+	return b.pages * pow(interval_ns / b.interval_ns, slope);
+}
+
+double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns)
+{
+	const struct kmig_curve_point *points = curve->points;
+	unsigned int at = 0;
+
+	if (!curve->count || interval_ns <= 0)
+		return 0;
+	while (at < curve->count && points[at].interval_ns < interval_ns)
+		at++;
+	/* Shorter than anything measured, or only one measurement: in proportion. */
+	if (!at || curve->count == 1) {
+		unsigned int i = at ? at - 1 : 0;
+
+		return points[i].pages * interval_ns / points[i].interval_ns;
+	}
+	if (at == curve->count)
+		at--;
+	return power_law(points[at - 1], points[at], interval_ns);
+}
+
+/* ---- Playing it through ---- */
+
+static double transfer_ns(const struct kmig_forecast_opts *opts, double pages)
+{
+	return pages * opts->page_size / opts->bytes_per_second * 1e9;
+}
+
+/* With a ceiling on the pages dirtied per second, or 0; from the second round on. */
+static void play(const struct kmig_forecast_opts *opts, const struct kmig_curve *curve, double ceiling,
+		 struct kmig_forecast *out)
+{
+	double total_pages = (double)opts->ram_bytes / opts->page_size;
+	double pages = (double)opts->bytes / opts->page_size;
+	bool first = !opts->under_way;
+	double sent = 0, total = 0, took, rest, blackout;
+
+	out->rounds = 0;
+	out->converges = false;
+	out->stun_pages_per_second = ceiling;
+	for (;;) {
+		took = transfer_ns(opts, pages) + opts->trip_ns;
+		rest = fmin(kmig_curve_pages(curve, took), total_pages);
+		if (ceiling > 0 && !first)
+			rest = fmin(rest, ceiling * took / 1e9);
+		first = false;
+		sent += pages;
+		total += took;
+		if (!out->rounds++)
+			out->next_pages = rest;
+		blackout = transfer_ns(opts, rest + opts->held_pages) + opts->blackout_ns;
+		if (blackout <= opts->downtime_ms * 1e6) {
+			out->converges = !opts->max_time_ms || (total + blackout) / 1e6 <= opts->max_time_ms;
+			break;
+		}
+		if (out->rounds >= opts->max_rounds)
+			break;
+		if (opts->max_time_ms && total / 1e6 > opts->max_time_ms)
+			break;
+		pages = rest;
+	}
+	out->bytes = (sent + rest + opts->held_pages) * opts->page_size;
+	out->downtime_ns = blackout;
+	out->total_ns = total + blackout;
+}
+
+void kmig_forecast_play(const struct kmig_forecast_opts *opts, struct kmig_forecast *out)
+{
+	double ceiling = opts->convergence * opts->bytes_per_second / opts->page_size;
+	struct kmig_curve curve = { 0 };
+
+	for (unsigned int i = 0; i < opts->points; i++)
+		kmig_curve_add(&curve, opts->curve[i].interval_ns, opts->curve[i].pages);
+	play(opts, &curve, 0, out);
+	while (!out->converges && !opts->no_stun) {
+		ceiling = fmax(ceiling, fmax(opts->stun_floor, 1));
+		play(opts, &curve, ceiling, out);
+		if (ceiling <= fmax(opts->stun_floor, 1))
+			break;
+		ceiling *= CEILING_STEP;
+	}
+}
+
+static int check(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts)
+{
+	if (!opts->page_size || !(opts->bytes_per_second > 0))
+		return kmig_fail(ctx, -EINVAL, "forecast: the page size and the rate of the link must be given");
+	if (opts->bytes > opts->ram_bytes)
+		return kmig_fail(ctx, -EINVAL, "forecast: %llu bytes in use of %llu bytes of memory",
+				 (unsigned long long)opts->bytes, (unsigned long long)opts->ram_bytes);
+	if (opts->points > KMIG_CURVE_POINTS || (opts->points && !opts->curve))
+		return kmig_fail(ctx, -EINVAL, "forecast: %u points of a curve, at most %d can be given", opts->points,
+				 KMIG_CURVE_POINTS);
+	if (!opts->downtime_ms || !opts->max_rounds)
+		return kmig_fail(ctx, -EINVAL, "forecast: downtime limit and round limit must be at least 1");
+	if (!(opts->convergence > 0 && opts->convergence < 1))
+		return kmig_fail(ctx, -EINVAL, "forecast: rounds must shrink to a fraction between 0 and 1, not %g",
+				 opts->convergence);
+	return 0;
+}
+
+int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *given, struct kmig_forecast *forecast)
+{
+	struct kmig_forecast_opts opts = KMIG_FORECAST_OPTS_INIT;
+	struct kmig_forecast out = { .size = sizeof(out) };
+	int err;
+
+	err = kmig_copy_sized(ctx, &opts, sizeof(opts), sizeof(opts), given, "forecast options");
+	if (!err)
+		err = check(ctx, &opts);
+	if (err)
+		return err;
+	kmig_forecast_play(&opts, &out);
+	return kmig_fill_sized(ctx, forecast, &out, sizeof(out), "forecast");
+}
