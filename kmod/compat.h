@@ -9,6 +9,7 @@
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/sched.h>
 
 #if BITS_PER_LONG != 64
 #error "lmtrack needs a 64-bit kernel: its bitmaps are arrays of 64-bit words on both sides"
@@ -26,6 +27,11 @@
 static inline void vma_start_write(struct vm_area_struct *vma)
 {
 }
+#endif
+
+/* 6.4 let others than io_uring have threads of the kernel in a user's process. */
+#ifndef PF_USER_WORKER
+#define PF_USER_WORKER	PF_IO_WORKER
 #endif
 
 /* 6.3 made filemap_get_folio() return an error pointer where it returned NULL. */

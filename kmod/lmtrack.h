@@ -12,6 +12,8 @@
  *       folio locks, ascending
  *         i_mmap_rwsem, page table locks (taken by the mapping helpers)
  *         i_pages lock, region->chunks lock
+ *         stun->threads_lock		the accounts of threads
+ *       stun->sleepers.lock		of the wait queue
  *
  * flip_lock may wait for a process's mmap_lock for as long as that process likes, so it is
  * only taken killably, or by a worker nobody waits for. harvest_lock is held for one chunk's
@@ -89,6 +91,7 @@ struct lmtrack_chunk {
 
 struct lmtrack_region_counters {
 	u64 write_faults;
+	u64 fault_ns;
 	u64 dirtied;
 };
 
@@ -116,6 +119,8 @@ struct lmtrack_region_counters {
  * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
  * @harvested:	pages cleared
  * @repinned:	pages left dirty because somebody held them for I/O
+ * @stun:	ceiling and accounts of the last tracking; NULL before the first. Replaced
+ *		under harvest_lock
  */
 struct lmtrack_region {
 	struct inode *inode;
@@ -143,6 +148,7 @@ struct lmtrack_region {
 	u64 harvests;
 	u64 harvested;
 	u64 repinned;
+	struct lmtrack_stun __rcu *stun;
 };
 
 long lmtrack_region_create(struct file *file, void *arg);
@@ -161,7 +167,7 @@ int lmtrack_mm_add(struct lmtrack_region *region, struct vm_area_struct *vma, gf
 void lmtrack_mm_del(struct lmtrack_region *region, struct vm_area_struct *vma);
 u64 lmtrack_mm_count(struct lmtrack_region *region);
 
-void lmtrack_mark_dirty(struct lmtrack_region *region, pgoff_t index);
+bool lmtrack_mark_dirty(struct lmtrack_region *region, pgoff_t index);
 void lmtrack_mark_punched(struct lmtrack_region *region, pgoff_t first, pgoff_t last);
 void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
 			 unsigned long index);
@@ -169,6 +175,7 @@ void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *ch
 long lmtrack_track_start(struct file *file, void *arg);
 long lmtrack_track_stop(struct file *file, void *arg);
 long lmtrack_dirty_get(struct file *file, void *arg);
+int lmtrack_track_check(const struct lmtrack_region *region, const struct file *file);
 void lmtrack_track_release(struct lmtrack_region *region, const struct file *file);
 
 /* What a sender needs: hold the tracked state, then chunk by chunk. */
@@ -177,6 +184,19 @@ void lmtrack_sender_end(struct lmtrack_region *region);
 bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, bool all);
 int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool all,
 		       unsigned long *taken, struct folio **folios);
+
+/* ---- Stun (stun.c) ---- */
+
+struct lmtrack_stun;
+
+struct lmtrack_stun *lmtrack_stun_alloc(struct lmtrack_region *region);
+void lmtrack_stun_put(struct lmtrack_stun *stun);
+void lmtrack_stun_end(struct lmtrack_region *region);
+void lmtrack_stun_release(struct lmtrack_region *region, const struct file *file);
+void lmtrack_stun_fault(struct lmtrack_region *region, pgoff_t page, bool dirtied, u64 began);
+u64 lmtrack_stun_bytes(struct lmtrack_region *region);
+long lmtrack_stun_set(struct file *file, void *arg);
+long lmtrack_stun_stats(struct file *file, void *arg);
 
 /* ---- Streams (stream.c) and their transports ---- */
 

@@ -3,11 +3,13 @@
  * lmtrack: the device that makes regions and streams, and the way requests reach them.
  *
  * Lifetimes: an open /dev/lmtrack holds the module; so does every region's file, the
- * regions' file system while a region exists, and every stream. When none of them is left
- * no code of the module can run but the workers', which lmtrack_exit() waits for.
+ * regions' file system while a region exists, every stream, and every thread that is to be
+ * delayed. When none of them is left no code of the module can run but the workers', RCU's
+ * and the last instructions of such a thread, which lmtrack_exit() waits for.
  */
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/rcupdate.h>
 #include <linux/uaccess.h>
 
 #include "lmtrack.h"
@@ -15,8 +17,9 @@
 #define CREATE_TRACE_POINTS
 #include "trace.h"
 
-/* The largest argument structure fits, with room for those to come. */
-#define LMTRACK_ARG_MAX	256
+/* The largest argument fits. */
+#define LMTRACK_ARG_MAX	512
+static_assert(sizeof(struct lmtrack_stun_stats) <= LMTRACK_ARG_MAX);
 
 /**
  * lmtrack_serve() - find a request in a table, fetch its argument, serve it
@@ -109,6 +112,10 @@ static void __exit lmtrack_exit(void)
 {
 	misc_deregister(&lmtrack_device);
 	destroy_workqueue(lmtrack_wq);
+	/* A thread that was delayed may have let go of the module and not left its code yet. */
+	synchronize_rcu_tasks();
+	/* What it let go of is freed by RCU. */
+	rcu_barrier();
 }
 
 module_init(lmtrack_init);

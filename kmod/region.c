@@ -24,6 +24,7 @@
 #include <linux/mount.h>
 #include <linux/pagemap.h>
 #include <linux/pseudo_fs.h>
+#include <linux/sched/clock.h>
 #include <linux/seq_file.h>
 #include <linux/string.h>
 
@@ -144,6 +145,8 @@ static vm_fault_t region_page_mkwrite(struct vm_fault *vmf)
 	struct folio *folio = page_folio(vmf->page);
 	struct address_space *mapping = vmf->vma->vm_file->f_mapping;
 	struct lmtrack_region *region = region_of_mapping(mapping);
+	u64 began = local_clock();
+	bool dirtied;
 
 	folio_lock(folio);
 	if (unlikely(folio->mapping != mapping)) {
@@ -152,7 +155,8 @@ static vm_fault_t region_page_mkwrite(struct vm_fault *vmf)
 	}
 	this_cpu_inc(region->counters->write_faults);
 	trace_lmtrack_fault(region->id, vmf->pgoff);
-	lmtrack_mark_dirty(region, vmf->pgoff);
+	dirtied = lmtrack_mark_dirty(region, vmf->pgoff);
+	lmtrack_stun_fault(region, vmf->pgoff, dirtied, began);
 	return VM_FAULT_LOCKED;
 }
 
@@ -367,11 +371,14 @@ static long region_stats(struct file *file, void *arg)
 	stats->mappers = lmtrack_mm_count(region);
 	stats->kernel_bytes = sizeof(*region) +
 			      num_possible_cpus() * sizeof(struct lmtrack_region_counters) +
-			      stats->chunks * sizeof(struct lmtrack_chunk);
+			      stats->chunks * sizeof(struct lmtrack_chunk) +
+			      lmtrack_stun_bytes(region);
 	stats->write_faults = 0;
+	stats->fault_ns = 0;
 	stats->dirtied_pages = 0;
 	for_each_possible_cpu(cpu) {
 		stats->write_faults += per_cpu_ptr(region->counters, cpu)->write_faults;
+		stats->fault_ns += per_cpu_ptr(region->counters, cpu)->fault_ns;
 		stats->dirtied_pages += per_cpu_ptr(region->counters, cpu)->dirtied;
 	}
 	return 0;
@@ -387,6 +394,8 @@ static const struct lmtrack_request region_requests[] = {
 			lmtrack_dirty_get),
 	LMTRACK_REQUEST(LMTRACK_REGION_STATS, lmtrack_region_stats, 0, true,
 			region_stats),
+	LMTRACK_REQUEST(LMTRACK_STUN_SET, lmtrack_stun_set, 0, true, lmtrack_stun_set),
+	LMTRACK_REQUEST(LMTRACK_STUN_STATS, lmtrack_stun_stats, 0, true, lmtrack_stun_stats),
 };
 
 static long region_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
@@ -460,6 +469,7 @@ static void region_free(struct lmtrack_region *region)
 		kfree(chunk);
 	xa_destroy(&region->chunks);
 	free_percpu(region->counters);
+	lmtrack_stun_put(rcu_access_pointer(region->stun));
 	kfree(region);
 }
 

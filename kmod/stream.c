@@ -128,6 +128,10 @@ static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
 		return;
 	for (i = 0; i < stream->channel_count; i++)
 		stream->channels[i]->transport->shutdown(stream->channels[i]);
+	/* Nobody is slowed down for a migration that has ended. */
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
+		if (stream->regions[i])
+			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
 	wake_up_all(&stream->end);
 }
 

@@ -21,6 +21,23 @@ TRACE_EVENT(lmtrack_fault,
 	TP_printk("region=%llu page=%llu", __entry->region, __entry->page)
 );
 
+TRACE_EVENT(lmtrack_stun,
+	TP_PROTO(u64 region, u64 requested, u64 slept),
+	TP_ARGS(region, requested, slept),
+	TP_STRUCT__entry(
+		__field(u64, region)
+		__field(u64, requested)
+		__field(u64, slept)
+	),
+	TP_fast_assign(
+		__entry->region = region;
+		__entry->requested = requested;
+		__entry->slept = slept;
+	),
+	TP_printk("region=%llu requested=%lluns slept=%lluns", __entry->region,
+		  __entry->requested, __entry->slept)
+);
+
 TRACE_EVENT(lmtrack_harvest,
 	TP_PROTO(u64 region, unsigned long chunk, unsigned int pages, unsigned int pinned),
 	TP_ARGS(region, chunk, pages, pinned),

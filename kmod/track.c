@@ -325,23 +325,26 @@ static void chunk_unqueue(struct lmtrack_region *region, struct lmtrack_chunk *c
  * @page:	its number; it exists, or did a moment ago
  *
  * Under the folio's lock for the former. The latter may come without it, after the write.
+ *
+ * Return: whether the page was clean.
  */
-void lmtrack_mark_dirty(struct lmtrack_region *region, pgoff_t page)
+bool lmtrack_mark_dirty(struct lmtrack_region *region, pgoff_t page)
 {
 	unsigned long index = page / LMTRACK_CHUNK_PAGES;
 	struct lmtrack_chunk *chunk;
 
 	if (READ_ONCE(region->state) == LMTRACK_IDLE)
-		return;
+		return false;
 	chunk = xa_load(&region->chunks, index);
 	if (WARN_ON_ONCE(!chunk))
-		return;
+		return false;
 	if (test_bit(page % LMTRACK_CHUNK_PAGES, chunk->dirty) ||
 	    test_and_set_bit(page % LMTRACK_CHUNK_PAGES, chunk->dirty))
-		return;
+		return false;
 	this_cpu_inc(region->counters->dirtied);
 	if (!READ_ONCE(chunk->queued))
 		lmtrack_chunk_queue(region, chunk, index);
+	return true;
 }
 
 /* These pages of a chunk are dirty (again). */
@@ -743,6 +746,7 @@ static void track_idle(struct lmtrack_region *region)
 	lockdep_assert_held(&region->harvest_lock);
 	WRITE_ONCE(region->state, LMTRACK_IDLE);
 	region->tracker = NULL;
+	lmtrack_stun_end(region);
 	flip_goal(region, false);
 	xa_for_each(&region->chunks, index, chunk) {
 		chunk->armed = false;
@@ -756,17 +760,25 @@ long lmtrack_track_start(struct file *file, void *arg)
 {
 	struct lmtrack_region *region = lmtrack_region_of(file);
 	struct lmtrack_track_start *start = arg;
+	struct lmtrack_stun *stun;
 	long ret = 0;
 
 	start->pinned = 0;
 	if (!(file->f_mode & FMODE_WRITE))
 		return -EACCES;
-	if (mutex_lock_killable(&region->flip_lock))
+	stun = lmtrack_stun_alloc(region);
+	if (!stun)
+		return -ENOMEM;
+	if (mutex_lock_killable(&region->flip_lock)) {
+		lmtrack_stun_put(stun);
 		return -EINTR;
+	}
 
 	mutex_lock(&region->harvest_lock);
 	if (region->state == LMTRACK_IDLE) {
 		region->tracker = file;
+		stun = rcu_replace_pointer(region->stun, stun,
+					   lockdep_is_held(&region->harvest_lock));
 		/* Before the first mapping follows: its faults must find the region tracked. */
 		WRITE_ONCE(region->state, LMTRACK_STARTING);
 		flip_goal(region, true);
@@ -774,6 +786,8 @@ long lmtrack_track_start(struct file *file, void *arg)
 		ret = -EBUSY;
 	}
 	mutex_unlock(&region->harvest_lock);
+	/* That of the tracking before, or the one that is not needed. */
+	lmtrack_stun_put(stun);
 	if (ret)
 		goto out;
 
@@ -797,7 +811,7 @@ out:
 }
 
 /* Under harvest_lock: may this file harvest and stop? */
-static int track_check(const struct lmtrack_region *region, const struct file *file)
+int lmtrack_track_check(const struct lmtrack_region *region, const struct file *file)
 {
 	lockdep_assert_held(&region->harvest_lock);
 	if (region->state != LMTRACK_TRACKED)
@@ -813,7 +827,7 @@ long lmtrack_track_stop(struct file *file, void *arg)
 	if (mutex_lock_killable(&region->flip_lock))
 		return -EINTR;
 	mutex_lock(&region->harvest_lock);
-	ret = track_check(region, file);
+	ret = lmtrack_track_check(region, file);
 	if (!ret && region->senders)
 		ret = -EBUSY;
 	if (!ret)
@@ -887,7 +901,7 @@ static int dirty_get_chunk(struct lmtrack_region *region, struct file *file,
 	chunk_clip(want, index, get->first, get->first + get->pages - 1);
 	if (mutex_lock_killable(&region->harvest_lock))
 		return -EINTR;
-	ret = track_check(region, file);
+	ret = lmtrack_track_check(region, file);
 	if (!ret && clear)
 		chunk_harvest(region, chunk, index, want, found, folios, false);
 	else if (!ret)
@@ -919,7 +933,7 @@ long lmtrack_dirty_get(struct file *file, void *arg)
 
 	if (mutex_lock_killable(&region->harvest_lock))
 		return -EINTR;
-	ret = track_check(region, file);
+	ret = lmtrack_track_check(region, file);
 	if (!ret && (get->flags & LMTRACK_DIRTY_CLEAR))
 		region->harvests++;
 	mutex_unlock(&region->harvest_lock);

@@ -203,6 +203,8 @@ struct lmtrack_dirty_get {
  * @harvested_pages: pages cleared by them and by streams
  * @repinned_pages: pages that stayed dirty in a harvest because they were held for I/O
  * @mappers:	processes that map the region now
+ * @fault_ns:	time spent in noticing write faults, waiting for a harvest of the page included;
+ *		stuns are not in it
  *
  * Counters grow from the creation of the region.
  */
@@ -218,9 +220,127 @@ struct lmtrack_region_stats {
 	__aligned_u64 harvested_pages;
 	__aligned_u64 repinned_pages;
 	__aligned_u64 mappers;
+	__aligned_u64 fault_ns;
 };
 
 #define LMTRACK_REGION_STATS	_IO(LMTRACK_IOC_TYPE, 0x14)
+
+#define LMTRACK_STUN_RATE_MAX		1000000000ULL	/* pages per second */
+#define LMTRACK_STUN_BURST_MAX		0xffffffffULL	/* pages */
+#define LMTRACK_STUN_DELAY_DEFAULT_US	10000
+#define LMTRACK_STUN_DELAY_MAX_US	100000
+
+/**
+ * struct lmtrack_stun_set - LMTRACK_STUN_SET, on the region file that started tracking
+ * @size:	sizeof(struct lmtrack_stun_set)
+ * @flags:	zero
+ * @rate:	in: pages per second that may become dirty, at most LMTRACK_STUN_RATE_MAX;
+ *		0: no ceiling. out: the rate in effect
+ * @burst:	pages that may become dirty at once after a time with fewer, at most
+ *		LMTRACK_STUN_BURST_MAX; 0: what @rate allows in 10 ms, at least 1
+ * @floor:	a @rate that is not 0 is raised to this one, so that a mistake of whoever
+ *		computes it cannot stop the guest
+ * @max_delay_us: the longest that a thread is delayed at once, at most
+ *		LMTRACK_STUN_DELAY_MAX_US; 0: LMTRACK_STUN_DELAY_DEFAULT_US
+ * @reserved:	zero
+ *
+ * Holds the rate at which clean pages become dirty below a ceiling. The thread that makes one
+ * dirty in excess of it sleeps on its way back to user mode or into the guest, where it holds
+ * no lock. Who reads, or writes pages that are dirty already, is not delayed; nor are threads
+ * of the kernel, whose pages count all the same.
+ *
+ * What is in excess is never carried further than @max_delay_us. So n threads that do nothing
+ * but dirty pages always get n pages per @max_delay_us: at 10 ms, 100 pages per second each.
+ * A lower ceiling, or a low one with many writers, needs a longer delay to hold.
+ *
+ * May be called again at any time. Every call, and the end of tracking, wakes all who sleep
+ * at once; who was woken goes on. A setting begins without a burst to spend. The ceiling also
+ * ends when a stream that was given this file fails, is cancelled or closed.
+ *
+ * EINVAL: not tracked, or a value out of range; EPERM: another open file started tracking;
+ * EINTR: killed.
+ */
+struct lmtrack_stun_set {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 rate;
+	__aligned_u64 burst;
+	__aligned_u64 floor;
+	__u32 max_delay_us;
+	__u32 reserved;
+};
+
+#define LMTRACK_STUN_SET	_IO(LMTRACK_IOC_TYPE, 0x15)
+
+#define LMTRACK_COMM_MAX	16
+#define LMTRACK_STUN_THREADS	16
+#define LMTRACK_STUN_BUCKETS	24
+
+/**
+ * struct lmtrack_stun_thread - what tracking has cost one thread
+ * @pid:	its id in the caller's pid namespace, also when it is gone; 0: not visible there
+ * @reserved:	zero
+ * @comm:	its name, NUL-terminated
+ * @write_faults: write faults of this region
+ * @fault_ns:	time spent in them, see struct lmtrack_region_stats
+ * @stuns:	times it was delayed
+ * @stun_ns:	for how long altogether
+ * @longest_ns:	longest of them
+ */
+struct lmtrack_stun_thread {
+	__u32 pid;
+	__u32 reserved;
+	char comm[LMTRACK_COMM_MAX];
+	__aligned_u64 write_faults;
+	__aligned_u64 fault_ns;
+	__aligned_u64 stuns;
+	__aligned_u64 stun_ns;
+	__aligned_u64 longest_ns;
+};
+
+/**
+ * struct lmtrack_stun_stats - LMTRACK_STUN_STATS, on a region
+ * @size:	sizeof(struct lmtrack_stun_stats)
+ * @flags:	zero
+ * @rate:	out: pages per second in effect, 0: no ceiling
+ * @stuns:	out: times a thread was delayed
+ * @total_ns:	out: for how long altogether
+ * @longest_ns:	out: longest of them
+ * @requested_ns: out: for how long they should have been; more than @total_ns where threads
+ *		were woken early, less where the timer was late
+ * @failed:	out: delays that were due and not made: no memory to remember the thread, or
+ *		too many of them
+ * @histogram:	out: stuns by length: bucket 0 below 1 microsecond, bucket n from 2^(n-1) to
+ *		below 2^n microseconds, the last one all that are longer
+ * @threads_known: out: threads that have written, each with an account of its own. Accounts
+ *		of threads that are gone are given to new ones when there are too many
+ * @threads:	address of an array of struct lmtrack_stun_thread, or 0
+ * @thread_count: in: its length; out: entries written, LMTRACK_STUN_THREADS at most: the
+ *		threads that lost most time in faults and stuns, the worst first
+ * @reserved:	zero
+ *
+ * All of it since tracking last began; it can be read until tracking begins anew.
+ *
+ * EINVAL: @reserved, or @threads without @thread_count or the other way round; EFAULT: @threads;
+ * ENOMEM.
+ */
+struct lmtrack_stun_stats {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 rate;
+	__aligned_u64 stuns;
+	__aligned_u64 total_ns;
+	__aligned_u64 longest_ns;
+	__aligned_u64 requested_ns;
+	__aligned_u64 failed;
+	__aligned_u64 histogram[LMTRACK_STUN_BUCKETS];
+	__aligned_u64 threads_known;
+	__aligned_u64 threads;
+	__u32 thread_count;
+	__u32 reserved;
+};
+
+#define LMTRACK_STUN_STATS	_IO(LMTRACK_IOC_TYPE, 0x16)
 
 /**
  * struct lmtrack_stream_add_region - LMTRACK_STREAM_ADD_REGION, on a stream
@@ -346,7 +466,8 @@ struct lmtrack_stream_wait {
  *
  * Shuts every channel down and ends the round with ECANCELED. The stream cannot send again.
  * Pages harvested but not sent are no longer dirty: whoever goes on after this begins with
- * LMTRACK_SEND_ALL on a new stream. Harmless when nothing is being sent.
+ * LMTRACK_SEND_ALL on a new stream. Harmless when nothing is being sent. Ends the ceiling of
+ * LMTRACK_STUN_SET on its regions, as does any other end of the stream.
  */
 struct lmtrack_stream_cancel {
 	__u32 size;
