@@ -499,6 +499,7 @@ static int receive(struct kmig_destination *destination)
 static int load(struct kmig_destination *destination)
 {
 	struct lmtrack_wire_ready ready = { .compared = htole64(destination->report.digests_compared) };
+	uint64_t begin = kmig_now_ns();
 	int err = 0;
 
 	enter(destination, KMIG_STATE_CHECK);
@@ -506,6 +507,7 @@ static int load(struct kmig_destination *destination)
 		err = destination->ops.load_state(destination->state, destination->state_total, destination->data);
 	if (err)
 		return kmig_fail(destination->ctx, err, "the destination could not load the device state: %s", strerror(-err));
+	ready.load_ns = htole64(kmig_now_ns() - begin);
 	/* The last chance: the source may commit as soon as it hears of it. */
 	err = kmig_control_check_abort(&destination->control);
 	if (err)
@@ -554,11 +556,14 @@ static int migrate(struct kmig_destination *destination)
 static int take_over(struct kmig_destination *destination)
 {
 	struct kmig_report *report = &destination->report;
+	struct lmtrack_wire_running running;
+	uint64_t begin = kmig_now_ns();
 	struct kmig_message message;
 	int err;
 
 	destination->control.abort_fd = -1;
 	err = destination->ops.run(destination->data);
+	running.resume_ns = htole64(kmig_now_ns() - begin);
 	report->total_ns = kmig_now_ns() - destination->clock.start_ns;
 	report->downtime_ns = report->total_ns - report->state_ns[KMIG_STATE_BLACKOUT];
 	if (err) {
@@ -569,7 +574,7 @@ static int take_over(struct kmig_destination *destination)
 	}
 	report->verdict = KMIG_COMPLETED;
 	/* The guest runs here whether or not the source gets to know. */
-	if (!kmig_control_send(&destination->control, LMTRACK_MSG_RUNNING, NULL, 0)) {
+	if (!kmig_control_send(&destination->control, LMTRACK_MSG_RUNNING, &running, sizeof(running))) {
 		enter(destination, KMIG_STATE_CLEANUP);
 		if (kmig_control_expect(&destination->control, LMTRACK_MSG_DONE, &message))
 			kmig_log(destination->ctx, KMIG_LOG_WARNING, "the source did not say that it knows the guest runs here");

@@ -23,4 +23,11 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns);
 /* kmig_forecast() with options that are known to be right. */
 void kmig_forecast_play(const struct kmig_forecast_opts *opts, struct kmig_forecast *out);
 
+#define KMIG_PROBE_MS_MIN 10
+#define KMIG_PROBE_MS_MAX 60000
+
+/* kmig_probe() that ends with ECANCELED when @abort_fd, unless it is -1, becomes readable. */
+int kmig_probe_until(struct kmig_ctx *ctx, struct kmig_region *const *regions, unsigned int count,
+		     uint32_t duration_ms, int abort_fd, struct kmig_curve_point *points, unsigned int *npoints);
+
 #endif /* KMIG_FORECAST_H */

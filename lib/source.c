@@ -8,7 +8,9 @@
  * the destination, unless it tells us that it has not run it and never will.
  */
 #include "control.h"
+#include "hot.h"
 #include "net.h"
+#include "policy.h"
 #include "report.h"
 #include "source_digest.h"
 #include "tracker.h"
@@ -26,7 +28,6 @@
  */
 #define ANSWER_TIMEOUTS 6
 #define NEEDS_MAX 4		/* digests that are asked for again, at most so often */
-#define RATE_BYTES_MIN (1u << 20)	/* a round below this says little about the wire */
 
 struct kmig_source {
 	struct kmig_ctx *ctx;
@@ -56,13 +57,18 @@ struct kmig_source {
 	uint64_t pages_before;			/* sent in earlier rounds */
 	bool sending;				/* the tracker has not finished the round */
 	bool channels_ready, ready, need;	/* CHANNELS_READY, READY, NEED have come */
-	double rate;				/* bytes a second on the wire */
-	uint64_t trip_ns;			/* of the smallest round: what even nothing costs */
+	struct kmig_policy policy;
+	struct kmig_hot hot;
+	uint64_t trip_ns;			/* of a question and its answer on the control connection */
 
 	void *state;
 	size_t state_length;
+	struct kmig_curve_point probe[KMIG_CURVE_POINTS];
+	unsigned int probed;			/* points of it */
+	bool stunned;				/* the tracker slows the guest down */
 	bool paused, committed;
 	uint64_t paused_ns;
+	uint64_t lap_ns;			/* when the last part of the downtime ended */
 	uint64_t asked_ns;			/* since then the paused guest waits for an answer; 0: for none */
 
 	struct kmig_clock clock;
@@ -86,6 +92,15 @@ static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
 		return kmig_fail(ctx, -EINVAL, "source: %u rounds at most, give 1 to 10000", opts->max_rounds);
 	if (opts->timeout_ms < 100)
 		return kmig_fail(ctx, -EINVAL, "source: a time-out of %u ms is too short, give at least 100", opts->timeout_ms);
+	if (opts->on_timeout > KMIG_TIMEOUT_ABORT)
+		return kmig_fail(ctx, -EINVAL, "source: nothing is known by number %d that could be done at a limit", opts->on_timeout);
+	if (!(opts->convergence > 0 && opts->convergence < 1))
+		return kmig_fail(ctx, -EINVAL, "source: rounds must shrink to a fraction between 0 and 1, not %g", opts->convergence);
+	if (!(opts->stun_floor >= 1))
+		return kmig_fail(ctx, -EINVAL, "source: a floor of %g pages a second, give at least 1", opts->stun_floor);
+	if (opts->probe_ms && (opts->probe_ms < KMIG_PROBE_MS_MIN || opts->probe_ms > KMIG_PROBE_MS_MAX))
+		return kmig_fail(ctx, -EINVAL, "source: a probe of %u ms, give %d to %d, or 0 for none", opts->probe_ms,
+				 KMIG_PROBE_MS_MIN, KMIG_PROBE_MS_MAX);
 	return 0;
 }
 
@@ -158,6 +173,21 @@ void kmig_source_abort(struct kmig_source *source)
 
 /* ---- Report ---- */
 
+/*
+ * What is left of the round, and while it is not the last, of what comes after it by forecast.
+ */
+static uint64_t eta_ns(const struct kmig_source *source)
+{
+	const struct kmig_policy *policy = &source->policy;
+	uint64_t ahead = 0, since = kmig_now_ns() - source->round_begin_ns;
+
+	if (policy->rate <= 0)
+		return 0;
+	if (!source->paused && policy->forecast.total_ns > since)
+		ahead = policy->forecast.total_ns - since;
+	return ahead ? ahead : source->report.remaining_bytes / policy->rate * 1e9;
+}
+
 static void update_report(struct kmig_source *source)
 {
 	struct kmig_report *report = &source->report;
@@ -182,12 +212,15 @@ static void update_report(struct kmig_source *source)
 	report->copied_bytes = copied;
 	report->transferred_bytes = zerocopy + copied + headers + report->device_state_bytes;
 	report->rounds = source->round;
-	report->bytes_per_second = source->rate;
+	report->bytes_per_second = source->policy.rate;
+	report->stun_pages_per_second = source->policy.ceiling;
+	report->held_pages = source->hot.held;
+	report->forecast = source->policy.forecast;
 	done = data + zero - source->pages_before;
 	if (source->sending)
 		report->remaining_bytes = done < source->round_expected ?
 					  (source->round_expected - done) * report->page_size : 0;
-	report->eta_ns = source->rate > 0 ? report->remaining_bytes / source->rate * 1e9 : 0;
+	report->eta_ns = eta_ns(source);
 }
 
 static void tell(struct kmig_source *source)
@@ -317,17 +350,19 @@ static int capacity(struct kmig_source *source)
 {
 	struct lmtrack_wire_capacity wire = { .bytes = htole64(source->report.ram_bytes) };
 	struct kmig_message message;
-	uint64_t resident = 0;
+	uint64_t resident = 0, begin;
 	int err;
 
 	for (unsigned int i = 0; i < source->count; i++)
 		resident += kmig_region_resident(source->regions[i]);
 	source->round_expected = resident / source->report.page_size;
 	wire.resident = htole64(resident);
+	begin = kmig_now_ns();
 	err = kmig_control_send(&source->control, LMTRACK_MSG_CAPACITY, &wire, sizeof(wire));
-	if (err)
-		return err;
-	return kmig_control_expect(&source->control, LMTRACK_MSG_CAPACITY_OK, &message);
+	if (!err)
+		err = kmig_control_expect(&source->control, LMTRACK_MSG_CAPACITY_OK, &message);
+	source->trip_ns = kmig_now_ns() - begin;
+	return err;
 }
 
 static int regions(struct kmig_source *source)
@@ -425,6 +460,22 @@ static int start_digests(struct kmig_source *source)
 
 /* ---- Rounds ---- */
 
+/* The time since the last part of the downtime ended. */
+static uint64_t lap(struct kmig_source *source)
+{
+	uint64_t begin = source->lap_ns;
+
+	source->lap_ns = kmig_now_ns();
+	return source->lap_ns - begin;
+}
+
+/* A part that the peer says is of something else; it cannot be more than the whole. */
+static void move_part(uint64_t *from, uint64_t *to, uint64_t part)
+{
+	*to = part < *from ? part : *from;
+	*from -= *to;
+}
+
 static int handle(struct kmig_source *source, const struct kmig_message *message)
 {
 	const struct lmtrack_wire_round_ack *ack = message->body;
@@ -457,6 +508,8 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 		if (source->report.state != KMIG_STATE_CHECK)
 			break;
 		source->report.digests_compared = le64toh(ready->compared);
+		source->report.downtime.digest_ns = lap(source);
+		move_part(&source->report.downtime.digest_ns, &source->report.downtime.load_ns, le64toh(ready->load_ns));
 		source->ready = true;
 		return 0;
 	}
@@ -562,14 +615,14 @@ static int channels(struct kmig_source *source)
 	return err;
 }
 
-static int begin_round(struct kmig_source *source, enum kmig_send_what what, uint64_t expected)
+static int begin_round(struct kmig_source *source, enum kmig_send_what what, unsigned int flags, uint64_t expected)
 {
 	int err;
 
 	source->round_expected = expected;
 	source->pages_before = source->report.data_pages + source->report.zero_pages;
 	source->round_begin_ns = kmig_now_ns();
-	err = kmig_tracker_send(source->tracker, source->round + 1, what, 0);
+	err = kmig_tracker_send(source->tracker, source->round + 1, what, flags);
 	if (err)
 		return err;
 	source->round++;
@@ -589,15 +642,9 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 		if (err)
 			return err;
 	}
-	took = kmig_now_ns() - source->round_begin_ns;
 	/* What is in socket buffers is not on the other side: the acknowledgement ends the measurement. */
-	if (round->bytes >= RATE_BYTES_MIN) {
-		double rate = round->bytes * 1e9 / took;
-
-		source->rate = source->rate > 0 ? (source->rate + rate) / 2 : rate;
-	}
-	if (!source->trip_ns || took < source->trip_ns)
-		source->trip_ns = took;
+	took = kmig_now_ns() - source->round_begin_ns;
+	kmig_policy_sent(&source->policy, round->bytes, took, took);
 	update_report(source);
 	report = (struct kmig_round_report){
 		.round = round->round,
@@ -608,6 +655,9 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 		.duration_ns = took,
 		.bytes_per_second = round->bytes * 1e9 / took,
 		.dirty_pages_per_second = source->report.dirty_pages_per_second,
+		.held_pages = source->paused ? 0 : source->hot.held,
+		.stun_pages_per_second = source->paused ? 0 : source->policy.ceiling,
+		.forecast_error = source->policy.error,
 	};
 	if (source->ops.round)
 		source->ops.round(&report, source->data);
@@ -637,28 +687,95 @@ static int peek(struct kmig_source *source, uint64_t *dirty, bool more)
 	return 0;
 }
 
-/* Would sending so many pages, and all that has to happen besides, fit the downtime? */
-static bool fits(const struct kmig_source *source, uint64_t dirty)
-{
-	uint64_t limit = kmig_ms(source->opts.downtime_ms);
-	/* Half of it at least is for pages: a slow start must not forbid the blackout for ever. */
-	uint64_t allowance = source->trip_ns < limit / 2 ? source->trip_ns : limit / 2;
+/* ---- Convergence ---- */
 
-	if (!dirty)
-		return true;
-	if (source->rate <= 0)
-		return false;
-	return dirty * source->report.page_size / source->rate * 1e9 <= limit - allowance;
+static int start_convergence(struct kmig_source *source)
+{
+	const struct kmig_source_opts *opts = &source->opts;
+	struct kmig_policy_opts policy = {
+		.ram_bytes = source->report.ram_bytes,
+		.page_size = source->report.page_size,
+		.downtime_ms = opts->downtime_ms,
+		.max_rounds = opts->max_rounds,
+		.max_time_ms = opts->max_time_ms,
+		.trip_ns = source->trip_ns,
+		.on_timeout = opts->on_timeout,
+		.convergence = opts->convergence,
+		.stun_floor = opts->stun_floor,
+		.can_stun = !opts->no_stun && source->tracker->ops->stun,
+		.can_hold = !opts->no_hold_back && source->tracker->ops->hold,
+	};
+
+	kmig_policy_start(&source->policy, &policy);
+	for (unsigned int i = 0; i < source->probed; i++)
+		kmig_curve_add(&source->policy.curve, source->probe[i].interval_ns, source->probe[i].pages);
+	if (policy.can_hold && kmig_hot_start(&source->hot, source->regions, source->count))
+		return kmig_fail(source->ctx, -ENOMEM, "pages held back: out of memory");
+	return 0;
+}
+
+/* The guest may write as fast as it likes: the blackout begins, or all is off. */
+static int release_guest(struct kmig_source *source)
+{
+	int err = 0;
+
+	if (source->stunned)
+		err = kmig_tracker_stun(source->tracker, 0);
+	source->stunned = false;
+	return err;
+}
+
+/* Do to guest and pages what the policy has decided. */
+static int carry_out(struct kmig_source *source)
+{
+	const struct kmig_policy *policy = &source->policy;
+	int err = 0;
+
+	if (policy->opts.can_stun && (policy->ceiling > 0 || source->stunned)) {
+		err = kmig_tracker_stun(source->tracker, policy->ceiling);
+		source->stunned = policy->ceiling > 0;
+	}
+	if (!policy->opts.can_hold)
+		return err;
+	kmig_hot_look(&source->hot, source->dirty);
+	kmig_hot_choose(&source->hot, policy->hold_budget);
+	for (unsigned int i = 0; i < source->count && !err; i++)
+		err = kmig_tracker_hold(source->tracker, i, source->hot.hold[i]);
+	return err;
+}
+
+/* After each round, once. */
+static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision *decision)
+{
+	struct kmig_policy *policy = &source->policy;
+	uint64_t now = kmig_now_ns(), held = source->hot.held < dirty ? source->hot.held : dirty;
+	double ceiling = policy->ceiling;
+	int err;
+
+	*decision = kmig_policy_look(policy, dirty, held, now - source->round_begin_ns, now - source->clock.start_ns);
+	if (*decision == KMIG_GIVE_UP)
+		return kmig_fail(source->ctx, -ETIME, "%s: %.0f MiB are dirty, %.1f MB/s are sent; allow a longer downtime or more time, give it a faster link, or wait until the guest is less busy",
+				 policy->why, (double)dirty * source->report.page_size / 1048576, policy->rate / 1e6);
+	err = carry_out(source);
+	if (err)
+		return err;
+	if (policy->ceiling != ceiling)
+		kmig_log(source->ctx, KMIG_LOG_INFO, policy->ceiling > 0 ?
+			 "the guest is slowed down: it may dirty %.0f pages a second" :
+			 "the guest is not slowed down any more (%.0f)", policy->ceiling);
+	return 0;
 }
 
 /*
- * Pre-copy. It ends when what is dirty fits the downtime, or after so many rounds; and when
- * chunks that stay clean have been compared, which costs nothing now and downtime later.
+ * Pre-copy. It ends when the policy says so, and when chunks that stay clean have been
+ * compared, which costs nothing now and downtime later.
  */
 static int iterate(struct kmig_source *source)
 {
+	enum kmig_decision decision = KMIG_GO_ON;
 	unsigned int passes = 0;
 	bool compared = false;
+	uint32_t decided = 0;
 	int err;
 
 	for (;;) {
@@ -667,24 +784,28 @@ static int iterate(struct kmig_source *source)
 		bool enough;
 
 		err = peek(source, &dirty, false);
+		if (!err && decided != source->round)
+			err = decide(source, dirty, &decision);
 		if (err)
 			return err;
+		decided = source->round;
 		if (!compared && kmig_source_digest_compared(&source->digest)) {
 			begun = kmig_source_digest_pass(&source->digest, source->dirty);
 			compared = ++passes > PASSES_MAX ||
 				   kmig_source_digest_cost(&source->digest, begun) < kmig_ms(source->opts.downtime_ms) / 10;
 		}
-		enough = fits(source, dirty);
-		if ((enough || source->round >= source->opts.max_rounds) && compared &&
-		    kmig_source_digest_compared(&source->digest))
+		enough = kmig_policy_fits(&source->policy, dirty);
+		if ((enough || decision == KMIG_PAUSE) && compared && kmig_source_digest_compared(&source->digest)) {
+			source->report.decision = enough ? "what is left fits the downtime" : source->policy.why;
 			return 0;
+		}
 		if (enough) {
 			err = step(source, &round);
 			if (err)
 				return err;
 			continue;
 		}
-		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
+		err = begin_round(source, KMIG_SEND_DIRTY, 0, dirty - (source->hot.held < dirty ? source->hot.held : dirty));
 		if (!err)
 			err = finish_round(source, &round);
 		if (err)
@@ -698,12 +819,16 @@ static int pause_guest(struct kmig_source *source)
 {
 	int err;
 
-	source->paused_ns = kmig_now_ns();
+	err = release_guest(source);
+	if (err)
+		return err;
+	source->paused_ns = source->lap_ns = kmig_now_ns();
 	enter(source, KMIG_STATE_BLACKOUT);
 	source->paused = true;
 	err = source->ops.pause(source->data);
 	if (err)
 		return kmig_fail(source->ctx, err, "the guest could not be paused: %s", strerror(-err));
+	source->report.downtime.pause_ns = lap(source);
 	return kmig_control_send(&source->control, LMTRACK_MSG_PAUSED, NULL, 0);
 }
 
@@ -758,9 +883,10 @@ static int last_rounds(struct kmig_source *source)
 
 	err = peek(source, &dirty, false);
 	if (!err)
-		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
+		err = begin_round(source, KMIG_SEND_DIRTY, KMIG_SEND_HELD, dirty);
 	if (!err)
 		err = save_state(source);
+	source->report.downtime.save_ns = lap(source);
 	if (!err)
 		err = peek(source, &dirty, true);
 	if (err)
@@ -785,8 +911,9 @@ static int last_rounds(struct kmig_source *source)
 					 (unsigned long long)dirty);
 		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
 		before = kmig_tracker_held(source->tracker);
-		err = begin_round(source, KMIG_SEND_DIRTY, dirty);
+		err = begin_round(source, KMIG_SEND_DIRTY, KMIG_SEND_HELD, dirty);
 	}
+	source->report.downtime.memory_ns = lap(source);
 	return err;
 }
 
@@ -829,6 +956,12 @@ static int migrate(struct kmig_source *source)
 	struct kmig_message message;
 	int err;
 
+	if (source->opts.probe_ms) {
+		err = kmig_probe_until(source->ctx, source->regions, source->count, source->opts.probe_ms,
+				       source->abort_fd, source->probe, &source->probed);
+		if (err)
+			return err;
+	}
 	enter(source, KMIG_STATE_HELLO);
 	err = hello(source);
 	if (err)
@@ -854,7 +987,9 @@ static int migrate(struct kmig_source *source)
 	if (!err)
 		err = start_tracker(source);
 	if (!err)
-		err = begin_round(source, KMIG_SEND_ALL, source->round_expected);
+		err = start_convergence(source);
+	if (!err)
+		err = begin_round(source, KMIG_SEND_ALL, 0, source->round_expected);
 	if (!err)
 		err = finish_round(source, &round);
 	if (err)
@@ -893,6 +1028,7 @@ static int commit(struct kmig_source *source)
 
 static int await_running(struct kmig_source *source)
 {
+	const struct lmtrack_wire_running *running;
 	struct kmig_message message;
 	int err;
 
@@ -900,8 +1036,13 @@ static int await_running(struct kmig_source *source)
 	source->control.abort_fd = -1;
 	err = kmig_control_expect_until(&source->control, LMTRACK_MSG_RUNNING,
 					kmig_now_ns() + answer_limit_ns(source), &message);
-	if (!err)
+	if (!err) {
+		running = message.body;
+		source->report.downtime.commit_ns = lap(source);
+		move_part(&source->report.downtime.commit_ns, &source->report.downtime.resume_ns,
+			  le64toh(running->resume_ns));
 		return 0;
+	}
 	if (source->control.peer_aborted && (source->control.abort_flags & LMTRACK_ABORT_NOT_RUN)) {
 		source->committed = false;
 		return err;
@@ -912,7 +1053,7 @@ static int await_running(struct kmig_source *source)
 
 static void completed(struct kmig_source *source)
 {
-	source->report.downtime_ns = kmig_now_ns() - source->paused_ns;
+	source->report.downtime_ns = source->lap_ns - source->paused_ns;
 	source->report.verdict = KMIG_COMPLETED;
 	enter(source, KMIG_STATE_CLEANUP);
 	if (source->ops.completed)
@@ -929,6 +1070,7 @@ static void give_up(struct kmig_source *source, int err, const char *text)
 		return;
 	}
 	source->report.verdict = err == -ECANCELED ? KMIG_CANCELLED : KMIG_FAILED;
+	release_guest(source);
 	/* First of all: the destination cannot run it without COMMIT. */
 	if (source->paused) {
 		failed = source->ops.resume(source->data);
@@ -942,6 +1084,26 @@ static void give_up(struct kmig_source *source, int err, const char *text)
 		kmig_control_send_abort(&source->control, err, 0, text);
 }
 
+static void guest_cost(struct kmig_source *source)
+{
+	struct kmig_guest_cost *cost = &source->report.guest;
+	struct kmig_tracker_stats stats = { 0 };
+
+	if (!source->tracker || kmig_tracker_stats(source->tracker, &stats))
+		return;
+	cost->write_faults = stats.write_faults;
+	cost->fault_ns = stats.fault_ns;
+	cost->stuns = stats.stuns;
+	cost->stun_ns = stats.stun_ns;
+	cost->stun_max_ns = stats.stun_max_ns;
+	cost->threads = stats.threads < KMIG_REPORT_THREADS ? stats.threads : KMIG_REPORT_THREADS;
+	for (unsigned int i = 0; i < cost->threads; i++) {
+		cost->thread[i].id = stats.thread[i].id;
+		cost->thread[i].stuns = stats.thread[i].stuns;
+		cost->thread[i].stun_ns = stats.thread[i].stun_ns;
+	}
+}
+
 static void clean_up(struct kmig_source *source)
 {
 	update_report(source);
@@ -950,6 +1112,7 @@ static void clean_up(struct kmig_source *source)
 		shutdown(source->control.fd, SHUT_WR);
 	if (source->digesting)
 		kmig_source_digest_stop(&source->digest);
+	guest_cost(source);
 	kmig_tracker_free(source->tracker);
 	source->tracker = NULL;
 	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++) {
@@ -958,6 +1121,7 @@ static void clean_up(struct kmig_source *source)
 		source->sockets[i] = -1;
 	}
 	kmig_control_close(&source->control);
+	kmig_hot_stop(&source->hot);
 	for (unsigned int i = 0; i < source->count; i++) {
 		free(source->dirty[i]);
 		source->dirty[i] = NULL;

@@ -183,7 +183,7 @@ static const struct {
 	[LMTRACK_MSG_NEED] = { "NEED", 0, 0 },
 	[LMTRACK_MSG_READY] = { "READY", sizeof(struct lmtrack_wire_ready), sizeof(struct lmtrack_wire_ready) },
 	[LMTRACK_MSG_COMMIT] = { "COMMIT", 0, 0 },
-	[LMTRACK_MSG_RUNNING] = { "RUNNING", 0, 0 },
+	[LMTRACK_MSG_RUNNING] = { "RUNNING", sizeof(struct lmtrack_wire_running), sizeof(struct lmtrack_wire_running) },
 	[LMTRACK_MSG_DONE] = { "DONE", 0, 0 },
 	[LMTRACK_MSG_ABORT] = { "ABORT", sizeof(struct lmtrack_wire_abort),
 				sizeof(struct lmtrack_wire_abort) + LMTRACK_ABORT_TEXT_MAX },

@@ -52,6 +52,7 @@ FIXTURE_TEARDOWN(pair)
 TEST_F(pair, moves_a_writing_guest)
 {
 	uint64_t before = resident(self->source.region);
+	const struct kmig_downtime *part;
 
 	MIGRATE(16 * MIB, 50);
 	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
@@ -79,6 +80,14 @@ TEST_F(pair, moves_a_writing_guest)
 		EXPECT_GE(self->source.report.state_ns[i], self->source.report.state_ns[i - 1]);
 	}
 	EXPECT_LT(0, self->source.report.downtime_ns);
+	/* Its parts are all of it. */
+	part = &self->source.report.downtime;
+	EXPECT_EQ(self->source.report.downtime_ns, part->pause_ns + part->save_ns + part->memory_ns + part->digest_ns +
+		  part->load_ns + part->commit_ns + part->resume_ns);
+	EXPECT_LT(0, part->pause_ns);
+	EXPECT_LT(0, part->load_ns);
+	EXPECT_LT(0, part->resume_ns);
+	EXPECT_STREQ("what is left fits the downtime", self->source.report.decision);
 	TH_LOG("total %.1f ms, downtime %.1f ms, %u rounds, %.0f MB/s",
 	       self->source.report.total_ns / 1e6, self->source.report.downtime_ns / 1e6,
 	       self->source.report.rounds, self->source.report.bytes_per_second / 1e6);
@@ -89,10 +98,12 @@ TEST_F(pair, ends_after_max_rounds)
 	fake.bytes_per_second = 200 * MIB;
 	self->source.downtime_ms = 1;
 	self->source.max_rounds = 3;
+	self->source.on_timeout = KMIG_TIMEOUT_SWITCHOVER;
 	MIGRATE(30 * MIB, 1);
 	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
 	EXPECT_LE(4, self->source.rounds);
 	EXPECT_GE(20, self->source.rounds);
+	EXPECT_NE(NULL, strstr(self->source.report.decision, "limit for pre-copy"));
 	guest_end(&self->world->guest);
 	EXPECT_SAME_MEMORY();
 }
@@ -137,6 +148,20 @@ TEST_F(pair, saving_writes_before_the_round_comes_by)
 	EXPECT_EQ(self->destination.report.state >= KMIG_STATE_DEVICES, (bool)self->world->discarded);	\
 	guest_end(&self->world->guest);						\
 } while (0)
+
+TEST_F(pair, gives_up_at_its_limits)
+{
+	fake.bytes_per_second = 200 * MIB;
+	self->source.downtime_ms = 1;
+	self->source.max_rounds = 3;
+	self->source.on_timeout = KMIG_TIMEOUT_ABORT;
+	MIGRATE(30 * MIB, 1);
+	EXPECT_EQ(-ETIME, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(3, self->source.rounds);
+	EXPECT_NE(NULL, strstr(self->source.error, "longer downtime")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_RUNS_AT_SOURCE();
+}
 
 TEST_F(pair, lost_page_is_noticed)
 {

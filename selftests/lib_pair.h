@@ -154,6 +154,7 @@ struct side {
 	char error[512];
 	/* what to change about the options */
 	uint32_t downtime_ms, max_rounds, timeout_ms;
+	enum kmig_timeout_action on_timeout;
 	unsigned int channels;
 	int pause_error, save_error, load_error, run_error, prepare_error;
 	uint64_t max_bytes;
@@ -371,6 +372,7 @@ static inline int source_main(struct side *side)
 		opts.downtime_ms = side->downtime_ms;
 	if (side->max_rounds)
 		opts.max_rounds = side->max_rounds;
+	opts.on_timeout = side->on_timeout;
 	err = kmig_source_new(side->ctx, &opts, &source_ops, side, &source);
 	if (err)
 		return err;

@@ -623,6 +623,12 @@ TEST_F(unit, source_options)
 	BAD(max_rounds, 0, "rounds");
 	BAD(max_rounds, 10001, "10001");
 	BAD(timeout_ms, 99, "time-out");
+	BAD(on_timeout, 3, "number 3");
+	BAD(convergence, 0, "fraction");
+	BAD(convergence, 1, "fraction");
+	BAD(stun_floor, 0, "floor");
+	BAD(probe_ms, 9, "probe");
+	BAD(probe_ms, 60001, "60001");
 	BAD(size, 8, "source options");
 #undef BAD
 	ops.pause = NULL;

@@ -214,6 +214,18 @@ struct kmig_forecast {
  */
 int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts, struct kmig_forecast *forecast);
 
+/**
+ * kmig_probe() - measure the working-set curve of a guest that runs
+ * @regions: its memory, lmtrack regions that are not tracked, or tracked by these objects
+ * @duration_ms: 10 to 60000; intervals double up to it
+ * @points: out, room for KMIG_CURVE_POINTS, @npoints of them filled
+ *
+ * Tracks the regions meanwhile. Of a large guest, a part chosen at random is watched.
+ * EOPNOTSUPP: a region is no lmtrack region; else as kmig_region_track_start().
+ */
+int kmig_probe(struct kmig_ctx *ctx, struct kmig_region *const *regions, unsigned int count, uint32_t duration_ms,
+	       struct kmig_curve_point *points, unsigned int *npoints);
+
 /* What to do when the downtime cannot be kept within the limits of rounds and time. */
 enum kmig_timeout_action {
 	KMIG_TIMEOUT_STUN,		/* slow the guest down further, for as long as it takes */
@@ -247,6 +259,33 @@ enum kmig_verdict {
 	KMIG_UNKNOWN,		/* committed, no answer: the source stays paused until someone decides */
 };
 
+/*
+ * The downtime by its causes, as the source saw it, one after the other: together they are the
+ * downtime. What the destination did is what it said.
+ */
+struct kmig_downtime {
+	uint64_t pause_ns;		/* the VMM pauses the guest */
+	uint64_t save_ns;		/* device state out, while the last round is harvested and sent */
+	uint64_t memory_ns;		/* what the last rounds took beyond that */
+	uint64_t digest_ns;		/* digests of what the last rounds carried */
+	uint64_t load_ns;		/* device state in */
+	uint64_t commit_ns;		/* commit, its way there and the answer's back */
+	uint64_t resume_ns;		/* the destination's VMM runs the guest */
+};
+
+#define KMIG_REPORT_THREADS 16
+
+/* What the guest felt while it was tracked; zeroes where the tracker cannot know. */
+struct kmig_guest_cost {
+	uint64_t write_faults, fault_ns;	/* in the module; entering the kernel is not in it */
+	uint64_t stuns, stun_ns, stun_max_ns;
+	unsigned int threads;			/* entries in @thread, those first who were stunned longest */
+	struct {
+		pid_t id;
+		uint64_t stuns, stun_ns;
+	} thread[KMIG_REPORT_THREADS];
+};
+
 struct kmig_report {
 	size_t size;
 	enum kmig_verdict verdict;
@@ -267,6 +306,13 @@ struct kmig_report {
 	double dirty_pages_per_second;	/* of the last interval */
 	uint32_t rounds;
 	uint32_t page_size;
+	/* Only the source's, from here on. */
+	double stun_pages_per_second;	/* the ceiling in force; 0: none */
+	uint64_t held_pages;		/* held back until the blackout */
+	struct kmig_forecast forecast;	/* from now to the end, after the first pass */
+	struct kmig_downtime downtime;	/* when it has completed */
+	struct kmig_guest_cost guest;	/* when it has ended */
+	const char *decision;		/* why pre-copy ended, a constant; NULL while it goes on */
 };
 
 struct kmig_round_report {
@@ -274,6 +320,9 @@ struct kmig_round_report {
 	uint64_t dirty_pages, data_pages, zero_pages, bytes;
 	uint64_t duration_ns;
 	double bytes_per_second, dirty_pages_per_second;
+	uint64_t held_pages;		/* held back from it */
+	double stun_pages_per_second;	/* the ceiling while it was sent; 0: none */
+	double forecast_error;		/* of what it carried: |forecast - came| / came; 0: none was made */
 };
 
 /* ---- Source engine ------------------------------------------------------------------ */
@@ -316,7 +365,7 @@ struct kmig_source_opts {
 	size_t secret_len;
 	unsigned int channels;	/* 1 to 64 */
 	uint32_t downtime_ms;	/* limit that decides when to pause; 1 to 60000 */
-	uint32_t max_rounds;	/* pre-copy ends after so many, 1 to 10000 */
+	uint32_t max_rounds;	/* of pre-copy, 1 to 10000; see on_timeout */
 	/*
 	 * Longest silence of the peer, which gives a sign of life every second or, if that is
 	 * less, every quarter of its own time-out: give both sides about the same. Its VMM may take longer, but while the guest is paused no
@@ -326,9 +375,20 @@ struct kmig_source_opts {
 	bool no_zero_detection;
 	bool allow_pinned;	/* go on with pages pinned for devices: they are sent in every round */
 	enum kmig_tracker_kind tracker;	/* what notices writes */
+	/*
+	 * Convergence; see Documentation/convergence.rst. Stun and holding back are done where the
+	 * tracker can.
+	 */
+	uint64_t max_time_ms;			/* until the blackout; 0: no limit */
+	enum kmig_timeout_action on_timeout;	/* when that or max_rounds is reached */
+	double convergence;			/* under stun a round leaves at most this part, 0 to 1 */
+	double stun_floor;			/* pages a second that the guest may dirty in any case, >= 1 */
+	bool no_stun;
+	bool no_hold_back;
+	uint32_t probe_ms;			/* watch the guest before anything is sent, at most 60000; 0: do not */
 };
 #define KMIG_SOURCE_OPTS_INIT { .size = sizeof(struct kmig_source_opts), .channels = 2, \
-	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000 }
+	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000, .convergence = 0.5, .stun_floor = 256 }
 
 int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *opts,
 		    const struct kmig_source_ops *ops, void *data, struct kmig_source **source);
@@ -341,7 +401,8 @@ int kmig_source_add_region(struct kmig_source *source, struct kmig_region *regio
  * 0: KMIG_COMPLETED. Negative errno: see the report's verdict. ENOMEM/ENOSPC: the destination
  * lacks memory (refused before the first pass); EPROTONOSUPPORT: version or feature;
  * EKEYREJECTED: secret; ECANCELED: aborted; ETIMEDOUT, ECONNRESET...: the peer;
- * EBADMSG: a digest differed; EINPROGRESS: KMIG_UNKNOWN.
+ * EBADMSG: a digest differed; ETIME: it did not converge within its limits, the guest runs on
+ * here; EINPROGRESS: KMIG_UNKNOWN.
  */
 int kmig_source_run(struct kmig_source *source);
 void kmig_source_abort(struct kmig_source *source);

@@ -290,9 +290,19 @@ struct lmtrack_wire_prepare {
 /**
  * struct lmtrack_wire_ready - READY: memory is equal, device state is loaded
  * @compared:	chunks whose digests agreed
+ * @load_ns:	time that loading the device state took
  */
 struct lmtrack_wire_ready {
 	__le64 compared;
+	__le64 load_ns;
+};
+
+/**
+ * struct lmtrack_wire_running - RUNNING: the guest runs at the destination
+ * @resume_ns:	time that running it took
+ */
+struct lmtrack_wire_running {
+	__le64 resume_ns;
 };
 
 /**
