@@ -5,6 +5,8 @@
 #   make [KERNELS="..."]   modules, library, tools
 #   make modules KVER=...  modules for one kernel, in build/kmod-KVER/
 #   make check             everything built, checked and tested on the stock kernels
+#   make check KERNEL=debug          ... on a kernel with KASAN, lockdep, kmemleak (built first)
+#   make check KERNEL=debug-kcsan    ... on one that looks for data races
 #   make demo              a running guest moves between two QEMUs, in a VM
 #   make lint              W=1 and sparse without a word, checkpatch --strict
 #   make install           PREFIX, DESTDIR; modules for KERNELS
@@ -19,13 +21,17 @@ RUNNING := $(shell uname -r)
 ifdef KVER
 KERNELS := $(KVER)
 endif
+ifdef KERNEL
+KERNELS := $(KERNEL)
+endif
 ifdef KERNELS
 CHECK_KERNELS := $(KERNELS)
 else
 CHECK_KERNELS = $(shell tools/vm/kernels)
 KERNELS = $(if $(wildcard /lib/modules/$(RUNNING)/build),$(RUNNING),$(CHECK_KERNELS))
 endif
-kdir = /lib/modules/$(1)/build
+# Kernels called debug... are built here, by tools/vm/debug/build.
+kdir = $(if $(filter debug%,$(1)),$(O)/vm/$(1),/lib/modules/$(1)/build)
 
 CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
@@ -61,6 +67,7 @@ guest:
 # What is tested on which kernels is only known once they are installed.
 check:
 	@tools/setup/install
+	@set -e; for k in $(filter debug%,$(KERNELS)); do tools/vm/debug/build $$k; done
 	@$(MAKE) --no-print-directory check-installed
 
 # One kernel after the other: each run owns the machine's processors.
