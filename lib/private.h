@@ -79,10 +79,14 @@ struct kmig_region {
 	uint32_t page_size;
 	void *map;
 	bool tracked;
+	uint64_t *discarded;		/* a bit for each page, whole chunks: to be sent, a tracker may not know */
 	char name[LMTRACK_NAME_MAX];
 };
 
 uint64_t kmig_region_resident(struct kmig_region *region);
+/* The pages of a chunk that exist, without touching one. */
+#define KMIG_CHUNK_WORDS (LMTRACK_CHUNK_PAGES / 64)
+int kmig_region_exists(const struct kmig_region *region, uint64_t chunk, uint64_t bits[KMIG_CHUNK_WORDS]);
 /* Punch a range out: it reads as zero and costs nothing. */
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
 
@@ -126,6 +130,13 @@ static inline void kmig_bit_set(uint64_t *map, uint64_t bit)
 static inline void kmig_bit_clear(uint64_t *map, uint64_t bit)
 {
 	map[bit / 64] &= ~(1ULL << (bit % 64));
+}
+
+static inline uint64_t kmig_bit_next_clear(const uint64_t *map, uint64_t bits, uint64_t bit)
+{
+	while (bit < bits && kmig_bit(map, bit))
+		bit++;
+	return bit;
 }
 
 /* The first set bit at or after @bit, or @bits. */

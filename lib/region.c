@@ -48,6 +48,11 @@ static int region_new(struct kmig_ctx *ctx, int fd, enum kmig_region_kind kind, 
 	region->bytes = bytes;
 	region->page_size = sysconf(_SC_PAGESIZE);
 	snprintf(region->name, sizeof(region->name), "%s", name);
+	region->discarded = calloc(kmig_region_chunks(region), KMIG_CHUNK_WORDS * sizeof(uint64_t));
+	if (!region->discarded) {
+		kmig_region_free(region);
+		return kmig_fail(ctx, -ENOMEM, "region %s: out of memory", name);
+	}
 	*out = region;
 	return 0;
 }
@@ -252,13 +257,39 @@ uint64_t kmig_region_bytes(const struct kmig_region *region)
 	return region->bytes;
 }
 
+/* At a multiple of the chunk size, so that a chunk is a page table. */
+static void *map_aligned(const struct kmig_region *region)
+{
+	uint64_t align = kmig_chunk_bytes(region);
+	uint8_t *space = mmap(NULL, region->bytes + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint64_t before = -(uintptr_t)space % align;
+	void *map;
+	int err;
+
+	if (space == MAP_FAILED)
+		return MAP_FAILED;
+	map = mmap(space + before, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
+		   region->fd, 0);
+	err = errno;
+	if (map == MAP_FAILED) {
+		munmap(space, region->bytes + align);
+	} else {
+		if (before)
+			munmap(space, before);
+		if (align > before)
+			munmap(space + before + region->bytes, align - before);
+	}
+	errno = err;
+	return map;
+}
+
 void *kmig_region_map(struct kmig_region *region)
 {
 	void *map;
 
 	if (region->map)
 		return region->map;
-	map = mmap(NULL, region->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, region->fd, 0);
+	map = map_aligned(region);
 	if (map == MAP_FAILED) {
 		kmig_fail(region->ctx, -errno, "region %s: mapping %llu bytes: %s", region->name,
 			  (unsigned long long)region->bytes, strerror(errno));
@@ -323,10 +354,63 @@ int kmig_region_get_info(struct kmig_region *region, struct kmig_region_info *ou
 	return kmig_fill_sized(region->ctx, out, &info, sizeof(info), "region information");
 }
 
+/*
+ * Asking mincore() first: SEEK_HOLE walks on to the first hole, which in a guest that uses its
+ * memory is at the far end. But a page that is swapped out exists, and is not in core.
+ */
+int kmig_region_exists(const struct kmig_region *region, uint64_t chunk, uint64_t bits[KMIG_CHUNK_WORDS])
+{
+	uint64_t begin = chunk * kmig_chunk_bytes(region);
+	uint64_t bytes = region->bytes - begin < kmig_chunk_bytes(region) ? region->bytes - begin : kmig_chunk_bytes(region);
+	uint64_t pages = bytes / region->page_size;
+	unsigned char core[LMTRACK_CHUNK_PAGES];
+	off_t first;
+
+	memset(bits, 0, KMIG_CHUNK_WORDS * sizeof(*bits));
+	first = lseek(region->fd, begin, SEEK_DATA);
+	if (first < 0 ? errno == ENXIO : (uint64_t)first >= begin + bytes)
+		return 0;
+	if (mincore((uint8_t *)region->map + begin, bytes, core))
+		return kmig_fail(region->ctx, -errno, "region %s: looking for its pages: %s", region->name, strerror(errno));
+	for (uint64_t page = 0; page < pages; page++) {
+		if (!(core[page] & 1)) {
+			off_t at = lseek(region->fd, begin + page * region->page_size, SEEK_DATA);
+			uint64_t next = at < 0 ? pages : (at - begin) / region->page_size;
+
+			if (at < 0 && errno != ENXIO)
+				return kmig_fail(region->ctx, -errno, "region %s: looking for its pages: %s", region->name, strerror(errno));
+			while (page < pages && page < next && !(core[page] & 1))
+				page++;
+			if (page == pages)
+				break;
+		}
+		kmig_bit_set(bits, page);
+	}
+	return 0;
+}
+
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length)
 {
 	if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0)
 		return -errno;
+	return 0;
+}
+
+int kmig_region_discard(struct kmig_region *region, uint64_t first_byte, uint64_t bytes)
+{
+	int err;
+
+	if (first_byte % region->page_size || bytes % region->page_size || first_byte > region->bytes ||
+	    bytes > region->bytes - first_byte)
+		return kmig_fail(region->ctx, -EINVAL, "region %s: discarding %llu+%llu bytes: give whole pages of it", region->name,
+				 (unsigned long long)first_byte, (unsigned long long)bytes);
+	err = bytes ? kmig_region_punch(region, first_byte, bytes) : 0;
+	if (err)
+		return kmig_fail(region->ctx, err, "region %s: discarding %llu+%llu bytes: %s", region->name,
+				 (unsigned long long)first_byte, (unsigned long long)bytes, strerror(-err));
+	/* After it: a round that takes the bit along reads what is left. */
+	for (uint64_t page = first_byte / region->page_size; page < (first_byte + bytes) / region->page_size; page++)
+		__atomic_fetch_or(&region->discarded[page / 64], 1ULL << (page % 64), __ATOMIC_RELEASE);
 	return 0;
 }
 
@@ -415,5 +499,6 @@ void kmig_region_free(struct kmig_region *region)
 	if (region->map)
 		munmap(region->map, region->bytes);
 	close(region->fd);
+	free(region->discarded);
 	free(region);
 }

@@ -132,6 +132,8 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
 	err = kmig_copy_sized(ctx, &source->ops, sizeof(source->ops), sizeof(source->ops), ops, "source functions");
 	if (!err && (!source->ops.pause || !source->ops.resume))
 		err = kmig_fail(ctx, -EINVAL, "source: the functions pause and resume are needed");
+	if (!err && opts.tracker == KMIG_TRACKER_EXTERNAL && !source->ops.dirty)
+		err = kmig_fail(ctx, -EINVAL, "source: the tracker external needs the function dirty");
 	if (!err && (source->abort_fd < 0 || !source->host || !source->secret))
 		err = kmig_fail(ctx, -ENOMEM, "source: out of memory or descriptors");
 	if (err) {
@@ -152,7 +154,7 @@ int kmig_source_add_region(struct kmig_source *source, struct kmig_region *regio
 
 	if (source->used)
 		return kmig_fail(source->ctx, -EBUSY, "source: regions are added before it runs");
-	err = kmig_tracker_accepts(source->opts.tracker, region);
+	err = kmig_tracker_accepts(source->opts.tracker, source->regions, source->count, region);
 	if (err)
 		return err;
 	if (source->count == LMTRACK_REGIONS_MAX)
@@ -425,6 +427,9 @@ static int start_tracker(struct kmig_source *source)
 		.no_zero_detection = source->opts.no_zero_detection,
 		.allow_pinned = source->opts.allow_pinned,
 		.abort_fd = source->abort_fd,
+		.dirty = source->ops.dirty,
+		.track = source->ops.track,
+		.data = source->data,
 	};
 	struct kmig_tracker *tracker;
 	int err;
@@ -568,12 +573,13 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 		{ .fd = source->sending ? kmig_tracker_fd(source->tracker) : -1, .events = POLLIN },
 		{ .fd = source->digesting ? source->digest.workers.event_fd : -1, .events = POLLIN },
 	};
-	bool closing = source->report.state >= KMIG_STATE_CHECK;
+	/* While the tracker sends, it notices itself; and their error queues are its own. */
+	bool unwatched = source->sending || source->report.state >= KMIG_STATE_CHECK;
 	struct kmig_message message;
 	int n, err;
 
 	for (unsigned int i = 0; i < source->opts.channels; i++)
-		fds[4 + i] = (struct pollfd){ .fd = closing ? -1 : source->sockets[i], .events = POLLRDHUP };
+		fds[4 + i] = (struct pollfd){ .fd = unwatched ? -1 : source->sockets[i], .events = POLLRDHUP };
 	if (poll(fds, 4 + source->opts.channels, TICK_MS) < 0 && errno != EINTR)
 		return kmig_fail(source->ctx, -errno, "waiting: %s", strerror(errno));
 	if (fds[1].revents)

@@ -31,6 +31,10 @@ struct kmig_tracker_config {
 	bool no_zero_detection;
 	bool allow_pinned;
 	int abort_fd;			/* ends what start waits for */
+	/* The VMM's, for KMIG_TRACKER_EXTERNAL: see struct kmig_source_ops. */
+	int (*track)(bool on, void *data);
+	int (*dirty)(unsigned int region, uint64_t first_page, uint64_t pages, uint64_t *bitmap, void *data);
+	void *data;
 };
 
 /* A round goes out whole with this, held-back pages included; else without them. */
@@ -52,6 +56,7 @@ struct kmig_tracker_stats {
 struct kmig_tracker {
 	const struct kmig_tracker_ops *ops;
 	struct kmig_tracker_config config;
+	struct kmig_sender *sender;	/* sender.h; not of those that bring their own */
 };
 
 /*
@@ -94,12 +99,16 @@ struct kmig_tracker_ops {
 	int (*stats)(struct kmig_tracker *tracker, struct kmig_tracker_stats *stats);
 };
 
-/* Can @region be migrated from with this kind of tracker? */
-int kmig_tracker_accepts(enum kmig_tracker_kind kind, const struct kmig_region *region);
+/* Can @region be migrated from with this kind of tracker, beside the @count @regions there are? */
+int kmig_tracker_accepts(enum kmig_tracker_kind kind, struct kmig_region *const *regions, unsigned int count,
+			 const struct kmig_region *region);
+int kmig_tracker_pagemap_accepts(const struct kmig_region *region);
 
 /* Nothing is tracked yet. */
 int kmig_tracker_new(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
 int kmig_tracker_new_lmtrack(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
+int kmig_tracker_new_pagemap(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
+int kmig_tracker_new_external(const struct kmig_tracker_config *config, struct kmig_tracker **tracker);
 
 static inline int kmig_tracker_start(struct kmig_tracker *tracker)
 {

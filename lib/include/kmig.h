@@ -56,8 +56,8 @@ struct kmig_region;
 
 enum kmig_region_kind {
 	KMIG_REGION_AUTO,	/* lmtrack where /dev/lmtrack exists, else memfd */
-	KMIG_REGION_LMTRACK,	/* can be a migration's source */
-	KMIG_REGION_MEMFD,	/* can only be its destination */
+	KMIG_REGION_LMTRACK,	/* can be a migration's source, seen from any process */
+	KMIG_REGION_MEMFD,	/* only from within the VMM; see enum kmig_tracker_kind */
 };
 
 struct kmig_region_opts {
@@ -105,6 +105,15 @@ uint64_t kmig_region_bytes(const struct kmig_region *region);
 void *kmig_region_map(struct kmig_region *region);		/* whole, read-write, once; NULL: see kmig_ctx_error() */
 int kmig_region_get_info(struct kmig_region *region, struct kmig_region_info *info);
 int kmig_region_clear(struct kmig_region *region);		/* punch it whole: reads as zero, costs nothing */
+
+/**
+ * kmig_region_discard() - punch whole pages: they read as zero and cost nothing; from any thread
+ *
+ * For what the guest gives back (a balloon, free page reporting). While the region is moved with
+ * KMIG_TRACKER_PAGEMAP or _EXTERNAL, memory is given back with this only: a page that was punched
+ * otherwise and is read again before the next round is not noticed.
+ */
+int kmig_region_discard(struct kmig_region *region, uint64_t first_byte, uint64_t bytes);
 
 /**
  * kmig_region_track_start() - from its return on, every write to the region is noticed
@@ -350,11 +359,46 @@ struct kmig_source_ops {
 	void (*progress)(const struct kmig_report *report, void *data);
 	/** @round: a round was sent and acknowledged. May be NULL */
 	void (*round)(const struct kmig_round_report *round, void *data);
+	/**
+	 * @dirty: for KMIG_TRACKER_EXTERNAL: set the bits of the pages that were written since it
+	 * was last asked, or since @track(true); clear none, page @first_page + n is bit n % 64 of
+	 * word n / 64. What is given is the engine's from then on, and given once.
+	 *
+	 * Every write counts, whoever made it: vCPUs, the VMM's own threads, devices, other
+	 * processes; and every page that was punched out. A write is in one answer or a later one,
+	 * never in none: so a page is armed again, and that has taken effect on every CPU, before
+	 * the bit is given, as KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG do. A page that may be
+	 * written without notice (pinned for a device) is given every time. After @pause has
+	 * returned, the answers have to run dry. Called on the engine's thread, never twice at once
+	 */
+	int (*dirty)(unsigned int region, uint64_t first_page, uint64_t pages, uint64_t *bitmap, void *data);
+	/**
+	 * @track: for KMIG_TRACKER_EXTERNAL: begin to note writes, before any memory is read; and
+	 * stop. Not called to stop if it failed to begin. NULL: the VMM does so all the time
+	 */
+	int (*track)(bool on, void *data);
 };
 
+/**
+ * enum kmig_tracker_kind - what notices writes and sends memory
+ * @KMIG_TRACKER_AUTO: the module for lmtrack regions; pagemap for memfds that this process has
+ *	mapped with kmig_region_map(), if its kernel can
+ * @KMIG_TRACKER_LMTRACK: the kernel module
+ * @KMIG_TRACKER_PAGEMAP: userfaultfd and PAGEMAP_SCAN, Linux 6.7 or newer, without privilege. For
+ *	memfds, and within the VMM: it sees what is written through the mapping that
+ *	kmig_region_map() made, by this process's threads, by the kernel on their behalf and by KVM.
+ *	It does not see what another process writes, or write(2) to the file, or a device that was
+ *	given the page before: direct I/O in flight, VFIO, RDMA. Other mappings are refused (EBUSY)
+ *	as far as they can be seen. While it runs, fork() does not hand the mapping on
+ * @KMIG_TRACKER_EXTERNAL: the VMM itself, with @dirty of struct kmig_source_ops; any region
+ *
+ * All but the module send from user space. They do not slow the guest down (stun).
+ */
 enum kmig_tracker_kind {
-	KMIG_TRACKER_AUTO,	/* what the regions can */
-	KMIG_TRACKER_LMTRACK,	/* the kernel module; lmtrack regions only */
+	KMIG_TRACKER_AUTO,
+	KMIG_TRACKER_LMTRACK,
+	KMIG_TRACKER_PAGEMAP,
+	KMIG_TRACKER_EXTERNAL,
 };
 
 struct kmig_source_opts {

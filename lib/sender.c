@@ -1,0 +1,649 @@
+// SPDX-License-Identifier: LGPL-2.1-or-later
+/*
+ * The sender in user space.
+ *
+ * Chunk i of region r belongs to channel (i + r) mod channels in every round, as in the
+ * kernel's stream: all copies of a page go through one connection, in order.
+ *
+ * @lock guards the beginning and the end of a round, its result, and the statistics. It is not
+ * held while anything is harvested or sent. The arrays of regions and channels do not change
+ * once a round has begun.
+ *
+ * A failure of one channel, a cancel and the end are one thing: @error is set once, then every
+ * channel is shut down, which wakes the threads that wait for room in it. They look at @error
+ * every WAIT_MS besides: the sockets are the caller's as well.
+ *
+ * MSG_ZEROCOPY: the network holds the pages until the peer has acknowledged them, then says so
+ * in the socket's error queue, and whether it had to copy them after all. Where it had to once
+ * (loopback, a device without scatter-gather), the channel goes on without. A page that is
+ * written while the network holds it is dirty again, and follows. A channel's round ends when
+ * all has been acknowledged, so that nothing is left in the error queue, where it would make
+ * poll() return at once for whoever watches the socket.
+ */
+#include "sender.h"
+#include "wire.h"
+
+#include <linux/errqueue.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#define WAIT_MS 1000
+/* Below this pinning pages and hearing of them costs more than copying. */
+#define ZEROCOPY_MIN (16u << 10)
+/* Sends whose completion has not come; more are copied. */
+#define ZEROCOPY_CALLS 256
+/* A chunk has at most every other page in an extent of its own. */
+#define EXTENTS (LMTRACK_CHUNK_PAGES / 2)
+
+struct channel {
+	struct kmig_sender *sender;
+	unsigned int number;
+	int sock;
+	pthread_t thread;
+	uint32_t round_done;
+	uint64_t seq;
+	struct kmig_channel_stats stats;	/* under @lock */
+
+	bool zerocopy;
+	uint32_t calls, completed;		/* sends with MSG_ZEROCOPY, as the kernel numbers them */
+	uint32_t call_bytes[ZEROCOPY_CALLS];
+
+	struct lmtrack_wire_frame frame;
+	struct lmtrack_wire_extent table[EXTENTS];
+	struct iovec vec[EXTENTS];
+};
+
+/* What one channel has done in one round. */
+struct count {
+	uint64_t data, zero, bytes;
+};
+
+struct kmig_sender {
+	struct kmig_tracker *tracker;
+	kmig_harvest_fn harvest;
+	uint64_t *sent[LMTRACK_REGIONS_MAX];	/* whole chunks, so that no two share a word */
+	uint64_t *hold[LMTRACK_REGIONS_MAX];	/* likewise; NULL: no page of the region is held back */
+	struct channel *channels[LMTRACK_CHANNELS_MAX];
+	unsigned int count;
+	int event_fd;
+
+	pthread_mutex_t lock;
+	pthread_cond_t work;
+	uint32_t number;			/* of the round that is sent, or was last */
+	enum kmig_send_what what;
+	unsigned int flags;
+	uint64_t begin_ns;
+	unsigned int running;			/* channels that have not finished it */
+	bool stop;
+	_Atomic int error;			/* negative errno: it has failed for good */
+	int error_channel;
+	char text[KMIG_ERROR_MAX];		/* what there is to say about it, or "" */
+	struct kmig_round result;
+};
+
+/* The first failure counts; it ends all channels, and so the round. */
+static void fail(struct kmig_sender *sender, int number, int err, const char *text)
+{
+	bool first;
+
+	pthread_mutex_lock(&sender->lock);
+	first = !sender->error;
+	if (first) {
+		sender->error = err;
+		sender->error_channel = number;
+		snprintf(sender->text, sizeof(sender->text), "%s", text);
+	}
+	pthread_mutex_unlock(&sender->lock);
+	for (unsigned int i = 0; first && i < sender->count; i++)
+		shutdown(sender->channels[i]->sock, SHUT_RDWR);
+}
+
+/* ---- Zero-copy ---- */
+
+/* The sends from @low to @high are done with. */
+static void completed(struct channel *channel, uint32_t low, uint32_t high, bool copied)
+{
+	uint64_t bytes = 0;
+
+	for (uint32_t call = low; call != high + 1; call++)
+		bytes += channel->call_bytes[call % ZEROCOPY_CALLS];
+	channel->completed += high - low + 1;
+	if (!copied)
+		return;
+	channel->zerocopy = false;
+	pthread_mutex_lock(&channel->sender->lock);
+	channel->stats.zerocopy_bytes -= bytes;
+	channel->stats.copied_bytes += bytes;
+	pthread_mutex_unlock(&channel->sender->lock);
+}
+
+/* Take in what the error queue has to say. */
+static void reap(struct channel *channel)
+{
+	while (channel->completed != channel->calls) {
+		char control[CMSG_SPACE(sizeof(struct sock_extended_err) + sizeof(struct sockaddr_in6))];
+		struct msghdr msg = { .msg_control = control, .msg_controllen = sizeof(control) };
+
+		if (recvmsg(channel->sock, &msg, MSG_ERRQUEUE | MSG_DONTWAIT) < 0)
+			return;
+		for (struct cmsghdr *at = CMSG_FIRSTHDR(&msg); at; at = CMSG_NXTHDR(&msg, at)) {
+			struct sock_extended_err said;
+
+			if (!(at->cmsg_level == SOL_IP && at->cmsg_type == IP_RECVERR) &&
+			    !(at->cmsg_level == SOL_IPV6 && at->cmsg_type == IPV6_RECVERR))
+				continue;
+			memcpy(&said, CMSG_DATA(at), sizeof(said));
+			if (!said.ee_errno && said.ee_origin == SO_EE_ORIGIN_ZEROCOPY)
+				completed(channel, said.ee_info, said.ee_data, said.ee_code & SO_EE_CODE_ZEROCOPY_COPIED);
+		}
+	}
+}
+
+/* ---- Sockets ---- */
+
+static int lost(struct channel *channel)
+{
+	int err = 0;
+	socklen_t length = sizeof(err);
+
+	getsockopt(channel->sock, SOL_SOCKET, SO_ERROR, &err, &length);
+	return err ? -err : -EPIPE;
+}
+
+/* Until something can be sent, or heard; a peer that does not read is the engine's affair. */
+static int wait_for(struct channel *channel, short events)
+{
+	struct pollfd fd = { .fd = channel->sock, .events = events };
+
+	if (channel->sender->error)
+		return channel->sender->error;
+	if (poll(&fd, 1, WAIT_MS) < 0 && errno != EINTR)
+		return -errno;
+	reap(channel);
+	/* Also when nothing is to be sent any more, and only completions are waited for. */
+	return fd.revents & POLLHUP ? lost(channel) : 0;
+}
+
+static bool can_zerocopy(const struct channel *channel)
+{
+	return channel->zerocopy && channel->calls - channel->completed < ZEROCOPY_CALLS;
+}
+
+/* Send all of the vector, which is used up; @payload: so many bytes of guest memory, else a head. */
+static int push(struct channel *channel, struct iovec *vec, unsigned int count, int flags, uint32_t payload)
+{
+	uint64_t by_reference = 0, bytes = 0, begin = kmig_now_ns();
+	bool zerocopy = payload >= ZEROCOPY_MIN;
+	int err = 0;
+
+	while (count && !err) {
+		struct msghdr msg = { .msg_iov = vec, .msg_iovlen = count };
+		bool now = zerocopy && can_zerocopy(channel);
+		ssize_t n = sendmsg(channel->sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT | flags | (now ? MSG_ZEROCOPY : 0));
+
+		if (n < 0 && errno == ENOBUFS && now) {
+			/* The socket may not hold more notices. */
+			zerocopy = false;
+		} else if (n < 0 && errno == EAGAIN) {
+			err = wait_for(channel, POLLOUT);
+		} else if (n < 0 && errno != EINTR) {
+			err = -errno;
+		}
+		if (n < 0)
+			continue;
+		bytes += n;
+		if (now) {
+			channel->call_bytes[channel->calls++ % ZEROCOPY_CALLS] = n;
+			by_reference += n;
+		}
+		while (count && (size_t)n >= vec->iov_len) {
+			n -= vec->iov_len;
+			vec++;
+			count--;
+		}
+		if (count) {
+			vec->iov_base = (uint8_t *)vec->iov_base + n;
+			vec->iov_len -= n;
+		}
+	}
+	pthread_mutex_lock(&channel->sender->lock);
+	channel->stats.blocked_ns += kmig_now_ns() - begin;
+	channel->stats.zerocopy_bytes += by_reference;
+	*(payload ? &channel->stats.copied_bytes : &channel->stats.header_bytes) += bytes - by_reference;
+	pthread_mutex_unlock(&channel->sender->lock);
+	reap(channel);
+	return err;
+}
+
+/* ---- Frames ---- */
+
+/* The frame begun in @channel->frame's place: header and table, then what @vec holds. */
+static int send_frame(struct channel *channel, struct kmig_frame *frame, unsigned int pages, struct count *count)
+{
+	struct kmig_sender *sender = channel->sender;
+	struct iovec vec[2] = {
+		{ &channel->frame, sizeof(channel->frame) },
+		{ channel->table, frame->extents * sizeof(channel->table[0]) },
+	};
+	bool last = frame->type == LMTRACK_FRAME_ROUND_END;
+	int err;
+
+	frame->stream = sender->tracker->config.stream;
+	frame->channel = channel->number;
+	frame->round = sender->number;
+	frame->seq = channel->seq++;
+	kmig_frame_encode(frame, channel->table, &channel->frame);
+	err = push(channel, vec, 2, last ? 0 : MSG_MORE, 0);
+	if (!err && frame->payload)
+		err = push(channel, channel->vec, frame->extents, MSG_MORE, frame->payload);
+	if (err)
+		return err;
+
+	count->bytes += sizeof(channel->frame) + frame->extents * sizeof(channel->table[0]) + frame->payload;
+	pthread_mutex_lock(&sender->lock);
+	channel->stats.frames++;
+	if (frame->type == LMTRACK_FRAME_DATA) {
+		channel->stats.data_pages += pages;
+	} else if (frame->type == LMTRACK_FRAME_ZERO) {
+		channel->stats.zero_pages += pages;
+		channel->stats.zero_extents += frame->extents;
+	}
+	pthread_mutex_unlock(&sender->lock);
+	return 0;
+}
+
+/* One frame with these pages of a chunk, as data or as zeroes. */
+static int send_extents(struct channel *channel, uint8_t type, unsigned int index, uint64_t chunk, const uint64_t *bits,
+			struct count *count)
+{
+	const struct kmig_region *region = channel->sender->tracker->config.regions[index];
+	struct kmig_frame frame = { .type = type, .region = index };
+	unsigned int pages = 0;
+
+	for (uint64_t from = kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, 0), to; from < LMTRACK_CHUNK_PAGES;
+	     from = kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, to)) {
+		uint64_t first = chunk * LMTRACK_CHUNK_PAGES + from;
+
+		to = kmig_bit_next_clear(bits, LMTRACK_CHUNK_PAGES, from);
+		channel->vec[frame.extents] = (struct iovec){
+			(uint8_t *)region->map + first * region->page_size,
+			(to - from) * region->page_size,
+		};
+		channel->table[frame.extents++] = (struct lmtrack_wire_extent){
+			.first = htole64(first),
+			.pages = htole32(to - from),
+		};
+		pages += to - from;
+	}
+	if (!pages)
+		return 0;
+	if (type == LMTRACK_FRAME_DATA) {
+		frame.payload = pages * region->page_size;
+		count->data += pages;
+	} else {
+		count->zero += pages;
+	}
+	return send_frame(channel, &frame, pages, count);
+}
+
+static bool is_zero(const uint8_t *page, uint32_t size)
+{
+	/* Each word equals the one before it, and the first is zero. */
+	return !*(const uint64_t *)page && !memcmp(page, page + 8, size - 8);
+}
+
+static int send_chunk(struct channel *channel, const struct kmig_harvest *harvest, struct count *count)
+{
+	struct kmig_sender *sender = channel->sender;
+	unsigned int index = harvest->region;
+	uint64_t chunk = harvest->chunk;
+	const struct kmig_region *region = sender->tracker->config.regions[index];
+	const uint8_t *map = (const uint8_t *)region->map + chunk * kmig_chunk_bytes(region);
+	uint64_t *sent = sender->sent[index] + chunk * KMIG_CHUNK_WORDS;
+	uint64_t data[KMIG_CHUNK_WORDS], zero[KMIG_CHUNK_WORDS];
+	int err;
+
+	for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++) {
+		data[i] = harvest->take[i] & harvest->exists[i];
+		zero[i] = harvest->take[i] & ~harvest->exists[i];
+	}
+	if (!sender->tracker->config.no_zero_detection) {
+		for (uint64_t page = kmig_bit_next(data, LMTRACK_CHUNK_PAGES, 0); page < LMTRACK_CHUNK_PAGES;
+		     page = kmig_bit_next(data, LMTRACK_CHUNK_PAGES, page + 1)) {
+			if (!is_zero(map + page * region->page_size, region->page_size))
+				continue;
+			kmig_bit_clear(data, page);
+			kmig_bit_set(zero, page);
+		}
+	}
+	/* The engine's thread may be looking. */
+	for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++)
+		__atomic_store_n(&sent[i], (sent[i] | data[i]) & ~zero[i], __ATOMIC_RELAXED);
+	err = send_extents(channel, LMTRACK_FRAME_DATA, index, chunk, data, count);
+	return err ? err : send_extents(channel, LMTRACK_FRAME_ZERO, index, chunk, zero, count);
+}
+
+/* ---- Rounds ---- */
+
+static bool empty(const uint64_t *bits)
+{
+	return kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, 0) == LMTRACK_CHUNK_PAGES;
+}
+
+/* The chunks of one region that belong to this channel; @harvesting: a failure is the tracker's. */
+static int send_region(struct channel *channel, unsigned int index, struct count *count, bool *harvesting)
+{
+	struct kmig_sender *sender = channel->sender;
+	uint64_t chunks = kmig_region_chunks(sender->tracker->config.regions[index]);
+	const uint64_t *hold = kmig_sender_left_out(sender->tracker, index, sender->what, sender->flags);
+	struct kmig_harvest harvest = {
+		.mode = sender->what == KMIG_SEND_ALL ? KMIG_HARVEST_ALL : KMIG_HARVEST_DIRTY,
+		.region = index,
+	};
+	int err = 0;
+
+	for (uint64_t chunk = (channel->number + sender->count - index % sender->count) % sender->count;
+	     chunk < chunks && !err; chunk += sender->count) {
+		if (sender->error)
+			return sender->error;
+		harvest.chunk = chunk;
+		memcpy(harvest.sent, sender->sent[index] + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.sent));
+		if (hold)
+			memcpy(harvest.hold, hold + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.hold));
+		*harvesting = true;
+		err = sender->harvest(sender->tracker, &harvest);
+		if (err)
+			return err;
+		*harvesting = false;
+		if (!empty(harvest.take))
+			err = send_chunk(channel, &harvest, count);
+	}
+	return err;
+}
+
+static int send_round(struct channel *channel, struct count *count, bool *harvesting)
+{
+	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END };
+	int err = 0;
+
+	for (unsigned int i = 0; i < channel->sender->tracker->config.count && !err; i++)
+		err = send_region(channel, i, count, harvesting);
+	if (err)
+		return err;
+	end.arg = count->data + count->zero;
+	err = send_frame(channel, &end, 0, count);
+	while (!err && channel->completed != channel->calls)
+		err = wait_for(channel, 0);
+	return err;
+}
+
+/* With @lock held: one channel is done with the round. The last one ends it. */
+static void round_done(struct kmig_sender *sender, const struct count *count)
+{
+	struct kmig_round *result = &sender->result;
+
+	result->data_pages += count->data;
+	result->zero_pages += count->zero;
+	result->pages += count->data + count->zero;
+	result->bytes += count->bytes;
+	if (--sender->running)
+		return;
+	result->error = sender->error;
+	result->channel = sender->error_channel;
+	result->duration_ns = kmig_now_ns() - sender->begin_ns;
+	eventfd_write(sender->event_fd, 1);
+}
+
+static void *channel_main(void *data)
+{
+	struct channel *channel = data;
+	struct kmig_sender *sender = channel->sender;
+
+	pthread_mutex_lock(&sender->lock);
+	while (!sender->stop) {
+		struct count count = { 0 };
+		bool harvesting = false;
+		char text[KMIG_ERROR_MAX] = "";
+		int err;
+
+		if (sender->number == channel->round_done) {
+			pthread_cond_wait(&sender->work, &sender->lock);
+			continue;
+		}
+		channel->round_done = sender->number;
+		pthread_mutex_unlock(&sender->lock);
+
+		err = send_round(channel, &count, &harvesting);
+		/* Only a tracker has said what happened; an errno from the network speaks for itself. */
+		if (err && harvesting)
+			kmig_copy_error(sender->tracker->config.ctx, text);
+		if (err)
+			fail(sender, channel->number, err, text);
+
+		pthread_mutex_lock(&sender->lock);
+		round_done(sender, &count);
+	}
+	pthread_mutex_unlock(&sender->lock);
+	return NULL;
+}
+
+/* ---- The object ---- */
+
+static uint64_t *new_bitmap(const struct kmig_region *region)
+{
+	return calloc(kmig_region_chunks(region), KMIG_CHUNK_WORDS * sizeof(uint64_t));
+}
+
+int kmig_sender_new(struct kmig_tracker *tracker, kmig_harvest_fn harvest)
+{
+	const struct kmig_tracker_config *config = &tracker->config;
+	struct kmig_sender *sender = calloc(1, sizeof(*sender));
+	bool ok;
+
+	if (!sender)
+		return kmig_fail(config->ctx, -ENOMEM, "sender: out of memory");
+	tracker->sender = sender;
+	sender->tracker = tracker;
+	sender->harvest = harvest;
+	sender->error_channel = -1;
+	pthread_mutex_init(&sender->lock, NULL);
+	pthread_cond_init(&sender->work, NULL);
+	sender->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	ok = sender->event_fd >= 0;
+	for (unsigned int i = 0; i < config->count && ok; i++) {
+		sender->sent[i] = new_bitmap(config->regions[i]);
+		ok = sender->sent[i];
+	}
+	if (ok)
+		return 0;
+	kmig_sender_free(tracker);
+	return kmig_fail(config->ctx, -ENOMEM, "sender: out of memory or descriptors");
+}
+
+void kmig_sender_free(struct kmig_tracker *tracker)
+{
+	struct kmig_sender *sender = tracker->sender;
+
+	if (!sender)
+		return;
+	kmig_sender_cancel(tracker);
+	pthread_mutex_lock(&sender->lock);
+	sender->stop = true;
+	pthread_cond_broadcast(&sender->work);
+	pthread_mutex_unlock(&sender->lock);
+	for (unsigned int i = 0; i < sender->count; i++) {
+		pthread_join(sender->channels[i]->thread, NULL);
+		free(sender->channels[i]);
+	}
+	for (unsigned int i = 0; i < tracker->config.count; i++) {
+		free(sender->sent[i]);
+		free(sender->hold[i]);
+	}
+	if (sender->event_fd >= 0)
+		close(sender->event_fd);
+	pthread_cond_destroy(&sender->work);
+	pthread_mutex_destroy(&sender->lock);
+	free(sender);
+	tracker->sender = NULL;
+}
+
+int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock)
+{
+	struct kmig_sender *sender = tracker->sender;
+	struct channel *channel = calloc(1, sizeof(*channel));
+	int one = 1;
+
+	if (!channel)
+		return kmig_fail(tracker->config.ctx, -ENOMEM, "sender: out of memory");
+	channel->sender = sender;
+	channel->number = sender->count;
+	channel->sock = sock;
+	/* A kernel or a socket that cannot is one that copies. */
+	channel->zerocopy = !setsockopt(sock, SOL_SOCKET, SO_ZEROCOPY, &one, sizeof(one));
+	if (kmig_thread_start(&channel->thread, channel_main, channel)) {
+		free(channel);
+		return kmig_fail(tracker->config.ctx, -EAGAIN, "sender: no thread for channel %u", sender->count);
+	}
+	sender->channels[sender->count++] = channel;
+	return 0;
+}
+
+int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags)
+{
+	struct kmig_sender *sender = tracker->sender;
+	eventfd_t ended;
+	int err = 0;
+
+	pthread_mutex_lock(&sender->lock);
+	if (sender->error)
+		err = -EPIPE;
+	else if (sender->running)
+		err = -EBUSY;
+	else if (!sender->count || round <= sender->number)
+		err = -EINVAL;
+	if (!err) {
+		eventfd_read(sender->event_fd, &ended);
+		sender->result = (struct kmig_round){ .round = round };
+		sender->what = what;
+		sender->flags = flags;
+		sender->begin_ns = kmig_now_ns();
+		sender->running = sender->count;
+		sender->number = round;
+		pthread_cond_broadcast(&sender->work);
+	}
+	pthread_mutex_unlock(&sender->lock);
+	return err ? kmig_fail(tracker->config.ctx, err, "round %u could not begin: %s", round, strerror(-err)) : 0;
+}
+
+int kmig_sender_fd(const struct kmig_tracker *tracker)
+{
+	return tracker->sender->event_fd;
+}
+
+int kmig_sender_wait(struct kmig_tracker *tracker, struct kmig_round *round)
+{
+	struct kmig_sender *sender = tracker->sender;
+	bool ended;
+
+	pthread_mutex_lock(&sender->lock);
+	ended = !sender->running;
+	*round = sender->result;
+	pthread_mutex_unlock(&sender->lock);
+	if (!ended)
+		return -ETIMEDOUT;
+	if (round->error && *sender->text)
+		return kmig_fail(tracker->config.ctx, round->error, "%s", sender->text);
+	return 0;
+}
+
+void kmig_sender_cancel(struct kmig_tracker *tracker)
+{
+	fail(tracker->sender, -1, -ECANCELED, "");
+}
+
+int kmig_sender_peek(struct kmig_tracker *tracker, unsigned int index, uint64_t *bitmap, uint64_t *found)
+{
+	struct kmig_sender *sender = tracker->sender;
+	uint64_t chunks = kmig_region_chunks(tracker->config.regions[index]);
+	uint64_t words = kmig_words(kmig_region_pages(tracker->config.regions[index]));
+	int err = 0;
+
+	*found = 0;
+	for (uint64_t chunk = 0; chunk < chunks && !err; chunk++) {
+		struct kmig_harvest harvest = { .mode = KMIG_HARVEST_LOOK, .region = index, .chunk = chunk };
+		uint64_t at = chunk * KMIG_CHUNK_WORDS;
+
+		for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++)
+			harvest.sent[i] = __atomic_load_n(&sender->sent[index][at + i], __ATOMIC_RELAXED);
+		err = sender->harvest(tracker, &harvest);
+		for (unsigned int i = 0; i < KMIG_CHUNK_WORDS && at + i < words && !err; i++) {
+			bitmap[at + i] |= harvest.take[i];
+			*found += __builtin_popcountll(harvest.take[i]);
+		}
+	}
+	return err;
+}
+
+uint64_t kmig_sender_held(struct kmig_tracker *tracker __attribute__((unused)))
+{
+	return 0;
+}
+
+int kmig_sender_channel_stats(struct kmig_tracker *tracker, uint32_t channel, struct kmig_channel_stats *stats)
+{
+	struct kmig_sender *sender = tracker->sender;
+
+	if (channel >= sender->count)
+		return kmig_fail(tracker->config.ctx, -EINVAL, "sender: there is no channel %u", channel);
+	pthread_mutex_lock(&sender->lock);
+	*stats = sender->channels[channel]->stats;
+	pthread_mutex_unlock(&sender->lock);
+	return 0;
+}
+
+int kmig_sender_hold(struct kmig_tracker *tracker, unsigned int index, const uint64_t *bitmap)
+{
+	const struct kmig_region *region = tracker->config.regions[index];
+	uint64_t **hold = &tracker->sender->hold[index];
+
+	if (!bitmap) {
+		free(*hold);
+		*hold = NULL;
+		return 0;
+	}
+	if (!*hold)
+		*hold = new_bitmap(region);
+	if (!*hold)
+		return kmig_fail(tracker->config.ctx, -ENOMEM, "sender: out of memory");
+	memcpy(*hold, bitmap, kmig_words(kmig_region_pages(region)) * sizeof(uint64_t));
+	return 0;
+}
+
+/* ---- For trackers ---- */
+
+const uint64_t *kmig_sender_left_out(const struct kmig_tracker *tracker, unsigned int region,
+				     enum kmig_send_what what, unsigned int flags)
+{
+	return what == KMIG_SEND_ALL || flags & KMIG_SEND_HELD ? NULL : tracker->sender->hold[region];
+}
+
+void kmig_harvest_select(struct kmig_tracker *tracker, struct kmig_harvest *harvest,
+			 const uint64_t dirty[KMIG_CHUNK_WORDS])
+{
+	uint64_t *discarded = tracker->config.regions[harvest->region]->discarded + harvest->chunk * KMIG_CHUNK_WORDS;
+
+	for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++) {
+		uint64_t changed = dirty[i] | __atomic_load_n(&discarded[i], __ATOMIC_ACQUIRE);
+
+		if (harvest->mode == KMIG_HARVEST_ALL)
+			changed = ~0ULL;
+		harvest->take[i] = ((changed & harvest->exists[i]) | (harvest->sent[i] & ~harvest->exists[i])) & ~harvest->hold[i];
+		/* Whoever discards punches first: what is read from now on is what he left. */
+		if (harvest->mode != KMIG_HARVEST_LOOK)
+			__atomic_fetch_and(&discarded[i], ~harvest->take[i], __ATOMIC_ACQ_REL);
+	}
+}
