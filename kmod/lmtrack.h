@@ -75,6 +75,7 @@ extern struct workqueue_struct *lmtrack_wq;
  *		only by a harvest that holds the same lock, or that holds the i_pages lock and
  *		sees that the page does not exist
  * @queued:	has LMTRACK_CHUNK_QUEUED in the tree; written under the tree's lock
+ * @held:	pages to be left out of rounds, see hold.c; NULL: none. Under harvest_lock
  * @armed:	its resident pages have been put into @dirty since tracking started. Until
  *		then every one of them counts as dirty. Under harvest_lock
  *
@@ -82,12 +83,15 @@ extern struct workqueue_struct *lmtrack_wq;
  */
 struct lmtrack_chunk {
 	unsigned long dirty[BITS_TO_LONGS(LMTRACK_CHUNK_PAGES)];
+	unsigned long *held;
 	bool queued;
 	bool armed;
 };
 
 /* Mark in region->chunks: not armed, or has dirty bits. The next harvest must look at it. */
 #define LMTRACK_CHUNK_QUEUED	XA_MARK_0
+/* Another: has held pages. */
+#define LMTRACK_CHUNK_HELD	XA_MARK_1
 
 struct lmtrack_region_counters {
 	u64 write_faults;
@@ -119,6 +123,8 @@ struct lmtrack_region_counters {
  * @harvests:	DIRTY_GET with LMTRACK_DIRTY_CLEAR
  * @harvested:	pages cleared
  * @repinned:	pages left dirty because somebody held them for I/O
+ * @held:	pages that are held
+ * @held_chunks: chunks that have some
  * @stun:	ceiling and accounts of the last tracking; NULL before the first. Replaced
  *		under harvest_lock
  */
@@ -148,6 +154,8 @@ struct lmtrack_region {
 	u64 harvests;
 	u64 harvested;
 	u64 repinned;
+	u64 held;
+	u64 held_chunks;
 	struct lmtrack_stun __rcu *stun;
 };
 
@@ -175,6 +183,7 @@ void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *ch
 long lmtrack_track_start(struct file *file, void *arg);
 long lmtrack_track_stop(struct file *file, void *arg);
 long lmtrack_dirty_get(struct file *file, void *arg);
+bool lmtrack_range_valid(const struct lmtrack_region *region, u64 first, u64 pages);
 int lmtrack_track_check(const struct lmtrack_region *region, const struct file *file);
 void lmtrack_track_release(struct lmtrack_region *region, const struct file *file);
 
@@ -183,7 +192,13 @@ int lmtrack_sender_begin(struct lmtrack_region *region, const struct file *file)
 void lmtrack_sender_end(struct lmtrack_region *region);
 bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, bool all);
 int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool all,
-		       unsigned long *taken, struct folio **folios);
+		       bool holding, unsigned long *taken, struct folio **folios, u64 *held);
+
+/* ---- Pages held back (hold.c) ---- */
+
+long lmtrack_hold_set(struct file *file, void *arg);
+void lmtrack_hold_forget(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
+			 unsigned long index);
 
 /* ---- Stun (stun.c) ---- */
 

@@ -364,15 +364,16 @@ static long region_stats(struct file *file, void *arg)
 	stats->harvests = region->harvests;
 	stats->harvested_pages = region->harvested;
 	stats->repinned_pages = region->repinned;
+	stats->kernel_bytes = region->held_chunks * BITS_TO_BYTES(LMTRACK_CHUNK_PAGES);
 	mutex_unlock(&region->harvest_lock);
 
 	stats->resident_pages = READ_ONCE(region->inode->i_mapping->nrpages);
 	stats->chunks = atomic_long_read(&region->chunk_count);
 	stats->mappers = lmtrack_mm_count(region);
-	stats->kernel_bytes = sizeof(*region) +
-			      num_possible_cpus() * sizeof(struct lmtrack_region_counters) +
-			      stats->chunks * sizeof(struct lmtrack_chunk) +
-			      lmtrack_stun_bytes(region);
+	stats->kernel_bytes += sizeof(*region) +
+			       num_possible_cpus() * sizeof(struct lmtrack_region_counters) +
+			       stats->chunks * sizeof(struct lmtrack_chunk) +
+			       lmtrack_stun_bytes(region);
 	stats->write_faults = 0;
 	stats->fault_ns = 0;
 	stats->dirtied_pages = 0;
@@ -394,6 +395,8 @@ static const struct lmtrack_request region_requests[] = {
 			lmtrack_dirty_get),
 	LMTRACK_REQUEST(LMTRACK_REGION_STATS, lmtrack_region_stats, 0, true,
 			region_stats),
+	LMTRACK_REQUEST(LMTRACK_HOLD_SET, lmtrack_hold_set, LMTRACK_HOLD_CLEAR_ALL, true,
+			lmtrack_hold_set),
 	LMTRACK_REQUEST(LMTRACK_STUN_SET, lmtrack_stun_set, 0, true, lmtrack_stun_set),
 	LMTRACK_REQUEST(LMTRACK_STUN_STATS, lmtrack_stun_stats, 0, true, lmtrack_stun_stats),
 };
@@ -465,8 +468,10 @@ static void region_free(struct lmtrack_region *region)
 	struct lmtrack_chunk *chunk;
 	unsigned long index;
 
-	xa_for_each(&region->chunks, index, chunk)
+	xa_for_each(&region->chunks, index, chunk) {
+		kfree(chunk->held);
 		kfree(chunk);
+	}
 	xa_destroy(&region->chunks);
 	free_percpu(region->counters);
 	lmtrack_stun_put(rcu_access_pointer(region->stun));

@@ -58,6 +58,7 @@ static_assert(LMTRACK_FRAME_EXTENTS <= LMTRACK_WIRE_EXTENTS_MAX);
  * @channels:	by number
  * @channel_count: of them
  * @what:	of the round
+ * @holding:	the round leaves out held pages
  * @round:	being sent, or the last that was; 0 before the first
  * @begin:	when the round began
  * @work:	channels wait here for a round
@@ -79,6 +80,7 @@ struct lmtrack_stream {
 	unsigned int channel_count;
 
 	u32 what;
+	bool holding;
 	u32 round;
 	ktime_t begin;
 	wait_queue_head_t work;
@@ -98,6 +100,7 @@ struct round_count {
 	u64 data;
 	u64 zero;
 	u64 bytes;
+	u64 held;
 };
 
 static struct lmtrack_region *stream_region(struct lmtrack_stream *stream, unsigned int index)
@@ -283,7 +286,8 @@ static int channel_send_region(struct lmtrack_channel *channel, u32 number,
 		ret = READ_ONCE(stream->error);
 		if (ret)
 			break;
-		if (!lmtrack_chunk_take(region, index, all, taken, channel->folios))
+		if (!lmtrack_chunk_take(region, index, all, stream->holding, taken,
+					channel->folios, &count->held))
 			continue;
 		ret = send_chunk(channel, number, index, taken, count);
 		for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES)
@@ -340,6 +344,7 @@ static void channel_work(struct lmtrack_channel *channel)
 	result->data_pages += count.data;
 	result->zero_pages += count.zero;
 	result->bytes += count.bytes;
+	result->held_pages += count.held;
 	spin_unlock(&stream->end_lock);
 	if (atomic_dec_and_test(&stream->running))
 		stream_round_end(stream);
@@ -595,6 +600,7 @@ static long stream_send(struct file *file, void *arg)
 	WRITE_ONCE(stream->sending, true);
 	spin_unlock(&stream->end_lock);
 	stream->what = send->what;
+	stream->holding = send->what == LMTRACK_SEND_DIRTY && !(send->flags & LMTRACK_SEND_HELD);
 	stream->begin = ktime_get();
 	atomic_set(&stream->running, stream->channel_count);
 	trace_lmtrack_round_begin(stream->id, send->round, send->what);
@@ -674,7 +680,8 @@ static const struct lmtrack_request stream_requests[] = {
 			stream_add_region),
 	LMTRACK_REQUEST(LMTRACK_STREAM_ADD_CHANNEL, lmtrack_stream_add_channel, 0, true,
 			stream_add_channel),
-	LMTRACK_REQUEST(LMTRACK_STREAM_SEND, lmtrack_stream_send, 0, false, stream_send),
+	LMTRACK_REQUEST(LMTRACK_STREAM_SEND, lmtrack_stream_send, LMTRACK_SEND_HELD, false,
+			stream_send),
 	LMTRACK_REQUEST(LMTRACK_STREAM_WAIT, lmtrack_stream_wait, 0, true, stream_wait),
 	LMTRACK_REQUEST(LMTRACK_STREAM_CANCEL, lmtrack_stream_cancel, 0, false,
 			stream_cancel),

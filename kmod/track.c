@@ -489,9 +489,13 @@ static void pages_protect(struct address_space *mapping, pgoff_t first, unsigned
 	pages_clean(mapping, first, from, to, again);
 }
 
+/*
+ * Where a page in the gap between two runs is dirty, it is to stay so, and writable: joining
+ * the runs would make its next write fault, for nothing.
+ */
 static void batch_protect(struct address_space *mapping, pgoff_t first,
-			  const unsigned long *present, struct folio **folios,
-			  unsigned int join, unsigned long *again)
+			  const unsigned long *present, const unsigned long *dirty,
+			  struct folio **folios, unsigned int join, unsigned long *again)
 {
 	unsigned int from = 0, to = 0, run, run_end, bit;
 
@@ -505,7 +509,7 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
 		return;
 	}
 	for_each_set_bitrange(run, run_end, present, LMTRACK_CHUNK_PAGES) {
-		if (to && run - to > join) {
+		if (to && (run - to > join || find_next_bit(dirty, run, to) < run)) {
 			pages_protect(mapping, first, from, to, again);
 			from = run;
 		} else if (!to) {
@@ -580,7 +584,7 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 		}
 	}
 
-	batch_protect(mapping, first, present, folios, join, again);
+	batch_protect(mapping, first, present, chunk->dirty, folios, join, again);
 	/* Pairs with GUP-fast, which takes its reference before it looks at the entry again. */
 	smp_mb();
 	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
@@ -687,18 +691,30 @@ bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, boo
 		       all ? XA_PRESENT : LMTRACK_CHUNK_QUEUED);
 }
 
+/* How many of these pages are dirty? */
+static unsigned int chunk_dirty_of(const struct lmtrack_chunk *chunk, const unsigned long *bits)
+{
+	unsigned int word, count = 0;
+
+	for (word = 0; word < ARRAY_SIZE(chunk->dirty); word++)
+		count += hweight_long(READ_ONCE(chunk->dirty[word]) & bits[word]);
+	return count;
+}
+
 /**
  * lmtrack_chunk_take() - harvest a chunk in order to send it
  * @region:	a round of it has begun
  * @index:	the chunk's number
  * @all:	every page that exists, not only dirty ones
+ * @holding:	leave out the pages that are held
  * @taken:	out: the pages
  * @folios:	room for a chunk; out, for each page taken: its folio, referenced, or NULL
+ * @held:	grows by the number of dirty pages that were left out
  *
  * Return: the number of pages taken.
  */
 int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool all,
-		       unsigned long *taken, struct folio **folios)
+		       bool holding, unsigned long *taken, struct folio **folios, u64 *held)
 {
 	struct lmtrack_chunk *chunk = xa_load(&region->chunks, index);
 	DECLARE_BITMAP(want, LMTRACK_CHUNK_PAGES);
@@ -706,9 +722,14 @@ int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool 
 
 	bitmap_fill(want, LMTRACK_CHUNK_PAGES);
 	mutex_lock(&region->harvest_lock);
+	holding &= !!chunk->held;
+	if (holding)
+		bitmap_complement(want, chunk->held, LMTRACK_CHUNK_PAGES);
 	if (all)
 		chunk->armed = false;
 	pages = chunk_harvest(region, chunk, index, want, taken, folios, true);
+	if (holding)
+		*held += chunk_dirty_of(chunk, chunk->held);
 	mutex_unlock(&region->harvest_lock);
 	return pages;
 }
@@ -751,6 +772,7 @@ static void track_idle(struct lmtrack_region *region)
 	xa_for_each(&region->chunks, index, chunk) {
 		chunk->armed = false;
 		bitmap_zero(chunk->dirty, LMTRACK_CHUNK_PAGES);
+		lmtrack_hold_forget(region, chunk, index);
 		lmtrack_chunk_queue(region, chunk, index);
 		cond_resched();
 	}
@@ -808,6 +830,13 @@ long lmtrack_track_start(struct file *file, void *arg)
 out:
 	mutex_unlock(&region->flip_lock);
 	return ret;
+}
+
+/* May a request be about these pages? The first one is the first of a word. */
+bool lmtrack_range_valid(const struct lmtrack_region *region, u64 first, u64 pages)
+{
+	return IS_ALIGNED(first, BITS_PER_LONG) && pages && first < region->pages &&
+	       pages <= region->pages - first;
 }
 
 /* Under harvest_lock: may this file harvest and stop? */
@@ -927,8 +956,7 @@ long lmtrack_dirty_get(struct file *file, void *arg)
 	int ret;
 
 	get->dirty = 0;
-	if (!IS_ALIGNED(get->first, BITS_PER_LONG) || !get->pages ||
-	    get->first >= region->pages || get->pages > region->pages - get->first)
+	if (!lmtrack_range_valid(region, get->first, get->pages))
 		return -EINVAL;
 
 	if (mutex_lock_killable(&region->harvest_lock))

@@ -85,6 +85,21 @@ static inline long dirty_get(int fd, uint32_t flags, uint64_t first, uint64_t pa
 	return ret;
 }
 
+/* Hold back the pages in a bitmap. */
+static inline long hold_set(int fd, uint32_t flags, uint64_t first, uint64_t pages,
+			    const void *bitmap, uint64_t *held)
+{
+	struct lmtrack_hold_set set = {
+		.size = sizeof(set), .flags = flags, .first = first, .pages = pages,
+		.bitmap = (uintptr_t)bitmap, .held = ~0ULL,
+	};
+	long ret = lmt_ioctl(fd, LMTRACK_HOLD_SET, &set);
+
+	if (held)
+		*held = set.held;
+	return ret;
+}
+
 /* One byte of each page. */
 static inline void touch(void *mem, size_t first, size_t pages, unsigned char value)
 {

@@ -75,13 +75,18 @@ static long add_channel(int stream, int fd)
 	return add_channel_on(stream, fd, NULL, 0);
 }
 
-static long stream_send(int stream, uint32_t round, uint32_t what)
+static long stream_send_flags(int stream, uint32_t round, uint32_t what, uint32_t flags)
 {
 	struct lmtrack_stream_send args = {
-		.size = sizeof(args), .round = round, .what = what,
+		.size = sizeof(args), .flags = flags, .round = round, .what = what,
 	};
 
 	return lmt_ioctl(stream, LMTRACK_STREAM_SEND, &args);
+}
+
+static long stream_send(int stream, uint32_t round, uint32_t what)
+{
+	return stream_send_flags(stream, round, what, 0);
 }
 
 static long stream_wait(int stream, int timeout_ms, struct lmtrack_stream_wait *result)
@@ -662,9 +667,9 @@ STREAM_TEST(add_channel_limit)
 
 STREAM_TEST(send_errors)
 {
-	struct lmtrack_stream_send args = { .size = sizeof(args), .flags = 1, .round = 1 };
 	int other = lmt_region(PAGE), again = lmt_reopen(self->fd);
 	struct lmtrack_stream_wait result;
+	unsigned int bit;
 
 	ASSERT_LE(0, other);
 	ASSERT_LE(0, again);
@@ -690,7 +695,8 @@ STREAM_TEST(send_errors)
 	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, 2));
 	EXPECT_EQ(-EINVAL, stream_send(self->stream, 1, ~0U));
 	EXPECT_EQ(-EINVAL, stream_send(self->stream, 0, ALL));
-	EXPECT_EQ(-EOPNOTSUPP, lmt_ioctl(self->stream, LMTRACK_STREAM_SEND, &args));
+	for (bit = 1; bit < 32; bit++)
+		EXPECT_EQ(-EOPNOTSUPP, stream_send_flags(self->stream, 1, ALL, 1U << bit));
 	EXPECT_EQ(-EINVAL, stream_wait(self->stream, 0, NULL));
 
 	ASSERT_EQ(0, stream_send(self->stream, 5, ALL));
@@ -844,15 +850,16 @@ static void compare(struct __test_metadata *_metadata, const unsigned char *mem,
 }
 
 /* Send a round, wait at both ends, and check the sums the stream gives. */
-static struct lmtrack_stream_wait round_trip(struct __test_metadata *_metadata, int stream,
-					     struct receiver *rx, uint32_t round, uint32_t what)
+static struct lmtrack_stream_wait round_trip_flags(struct __test_metadata *_metadata, int stream,
+						   struct receiver *rx, uint32_t round,
+						   uint32_t what, uint32_t flags)
 {
 	uint64_t data = RX_SUM(rx, data_pages), zero = RX_SUM(rx, zero_pages);
 	uint64_t bytes = RX_SUM(rx, bytes);
 	struct lmtrack_stream_wait result = { };
 	unsigned int i;
 
-	ASSERT_EQ(0, stream_send(stream, round, what));
+	ASSERT_EQ(0, stream_send_flags(stream, round, what, flags));
 	ASSERT_EQ(0, stream_wait(stream, 60000, &result));
 	EXPECT_EQ(POLLIN, stream_events(stream, 0));
 	EXPECT_EQ(round, result.round);
@@ -868,6 +875,12 @@ static struct lmtrack_stream_wait round_trip(struct __test_metadata *_metadata, 
 	EXPECT_EQ(result.bytes, RX_SUM(rx, bytes) - bytes);
 	EXPECT_LT(0, result.duration_ns);
 	return result;
+}
+
+static struct lmtrack_stream_wait round_trip(struct __test_metadata *_metadata, int stream,
+					     struct receiver *rx, uint32_t round, uint32_t what)
+{
+	return round_trip_flags(_metadata, stream, rx, round, what, 0);
 }
 
 /*
@@ -975,6 +988,192 @@ ROUNDS_TEST(equal_after_racing_writers)
 		TH_LOG("%s", error);
 	}
 }
+
+/* ---- Pages held back ---- */
+
+/* Held pages stay behind, and come with their newest contents when they are asked for. */
+ROUNDS_TEST(held_pages_stay_behind)
+{
+	uint64_t hold[CHUNK_PAGES / 64] = { [1] = 0xff, [4] = 1 };
+	unsigned char *got = self->rx.shadow[0].got;
+	struct lmtrack_stream_wait result;
+	uint32_t round = 1;
+	size_t i;
+
+	for (i = 0; i < 2 * CHUNK_PAGES; i++)
+		fill(self->mem[0], self->state[0], i, 1);
+	result = round_trip(_metadata, self->stream, &self->rx, round, ALL);
+	EXPECT_EQ(2 * CHUNK_PAGES, result.pages);
+	drain(_metadata, self->stream, &self->rx, &round);
+	/* 64 to 71 and 256 of the second chunk. */
+	ASSERT_EQ(0, hold_set(self->fd[0], 0, CHUNK_PAGES, CHUNK_PAGES, hold, NULL));
+
+	memset(got, GOT_NOTHING, self->pages[0]);
+	for (i = 0; i < 2 * CHUNK_PAGES; i++)
+		fill(self->mem[0], self->state[0], i, 2);
+	result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+	EXPECT_EQ(2 * CHUNK_PAGES - 9, result.pages);
+	EXPECT_EQ(9, result.held_pages);
+	EXPECT_EQ(GOT_DATA, got[CHUNK_PAGES + 63]);
+	EXPECT_EQ(GOT_NOTHING, got[CHUNK_PAGES + 64]);
+	EXPECT_EQ(GOT_NOTHING, got[CHUNK_PAGES + 71]);
+	EXPECT_EQ(GOT_DATA, got[CHUNK_PAGES + 72]);
+	EXPECT_EQ(GOT_NOTHING, got[CHUNK_PAGES + 256]);
+	EXPECT_EQ(1, self->rx.shadow[0].mem[(CHUNK_PAGES + 64) * PAGE]);
+
+	/* Nothing but held pages: a round is over at once, again and again. */
+	drain(_metadata, self->stream, &self->rx, &round);
+	for (i = 0; i < 3; i++) {
+		result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+		EXPECT_EQ(0, result.pages);
+		EXPECT_EQ(9, result.held_pages);
+	}
+
+	/* What is let go of is in the next round. */
+	hold[4] = 0;
+	ASSERT_EQ(0, hold_set(self->fd[0], 0, CHUNK_PAGES, CHUNK_PAGES, hold, NULL));
+	fill(self->mem[0], self->state[0], CHUNK_PAGES + 256, 3);
+	result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+	EXPECT_EQ(1, result.pages);
+	EXPECT_EQ(8, result.held_pages);
+	EXPECT_EQ(3, self->rx.shadow[0].mem[(CHUNK_PAGES + 256) * PAGE]);
+
+	/* The newest contents, and held pages that are clean are none. */
+	fill(self->mem[0], self->state[0], CHUNK_PAGES + 64, 4);
+	result = round_trip_flags(_metadata, self->stream, &self->rx, ++round, DIRTY,
+				  LMTRACK_SEND_HELD);
+	EXPECT_LE(8, result.pages);
+	EXPECT_EQ(0, result.held_pages);
+	EXPECT_EQ(4, self->rx.shadow[0].mem[(CHUNK_PAGES + 64) * PAGE]);
+	compare(_metadata, self->mem[0], &self->rx.shadow[0], self->state[0]);
+
+	/* They are still held. */
+	fill(self->mem[0], self->state[0], CHUNK_PAGES + 65, 5);
+	while (result.pages)
+		result = round_trip_flags(_metadata, self->stream, &self->rx, ++round, DIRTY,
+					  LMTRACK_SEND_HELD);
+	fill(self->mem[0], self->state[0], CHUNK_PAGES + 66, 6);
+	result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+	EXPECT_EQ(0, result.pages);
+	EXPECT_EQ(1, result.held_pages);
+
+	/* All is all. */
+	result = round_trip(_metadata, self->stream, &self->rx, ++round, ALL);
+	EXPECT_EQ(2 * CHUNK_PAGES, result.pages);
+	EXPECT_EQ(0, result.held_pages);
+	compare(_metadata, self->mem[0], &self->rx.shadow[0], self->state[0]);
+}
+
+/* A held page is writable at no cost, also between pages that are sent; a hole can be held. */
+ROUNDS_TEST(held_pages_cost_nothing)
+{
+	uint64_t hold[CHUNK_PAGES / 64], faults;
+	struct lmtrack_stream_wait result;
+	uint32_t round = 1;
+	size_t i, pass;
+
+	memset(hold, 0xaa, sizeof(hold));
+	for (i = 0; i < CHUNK_PAGES; i++)
+		fill(self->mem[0], self->state[0], i, 1);
+	round_trip(_metadata, self->stream, &self->rx, round, ALL);
+	drain(_metadata, self->stream, &self->rx, &round);
+	ASSERT_EQ(0, hold_set(self->fd[0], 0, 0, CHUNK_PAGES, hold, NULL));
+	for (i = 1; i < CHUNK_PAGES; i += 2)
+		fill(self->mem[0], self->state[0], i, 2);
+	faults = lmt_stats(self->fd[0]).write_faults;
+	for (pass = 3; pass < 6; pass++) {
+		for (i = 0; i < CHUNK_PAGES; i++)
+			fill(self->mem[0], self->state[0], i, pass);
+		result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+		EXPECT_LE(CHUNK_PAGES / 2, result.pages);
+		EXPECT_EQ(CHUNK_PAGES / 2, result.held_pages);
+		drain(_metadata, self->stream, &self->rx, &round);
+	}
+	/* Those that were sent cost a fault each time, the others none. */
+	EXPECT_EQ(faults + 3 * CHUNK_PAGES / 2, lmt_stats(self->fd[0]).write_faults);
+
+	EXPECT_EQ(0, punch_pages(self->fd[0], self->state[0], 0, 8));
+	memset(self->state[0], HOLE_PUNCHED, 8);
+	result = round_trip(_metadata, self->stream, &self->rx, ++round, DIRTY);
+	EXPECT_EQ(4, result.pages);
+	EXPECT_EQ(4, result.zero_pages);
+	EXPECT_EQ(CHUNK_PAGES / 2, result.held_pages);
+	result = round_trip_flags(_metadata, self->stream, &self->rx, ++round, DIRTY,
+				  LMTRACK_SEND_HELD);
+	EXPECT_EQ(CHUNK_PAGES / 2, result.pages);
+	EXPECT_EQ(4, result.zero_pages);
+	compare(_metadata, self->mem[0], &self->rx.shadow[0], self->state[0]);
+}
+
+struct holder {
+	pthread_t thread;
+	int fd;
+	size_t pages;
+	volatile bool *stop;
+	unsigned int seed;
+};
+
+static void *hold_pages(void *arg)
+{
+	struct holder *h = arg;
+	uint64_t *hold = calloc((h->pages + 63) / 64, 8);
+	size_t first, pages, i;
+
+	while (!*h->stop) {
+		first = rand_r(&h->seed) % h->pages / 64 * 64;
+		pages = 1 + rand_r(&h->seed) % (h->pages - first);
+		for (i = 0; i < (pages + 63) / 64; i++)
+			hold[i] = rand_r(&h->seed) % 3 ? rand_r(&h->seed) * 0x100000001ULL : 0;
+		hold_set(h->fd, rand_r(&h->seed) % 8 ? 0 : LMTRACK_HOLD_CLEAR_ALL, first, pages,
+			 hold, NULL);
+	}
+	free(hold);
+	return NULL;
+}
+
+ROUNDS_TEST(equal_after_racing_holders)
+{
+	struct writer writers[2 * REGIONS];
+	struct holder holders[REGIONS];
+	struct lmtrack_stream_wait result;
+	unsigned int i, n, seed = 1;
+	volatile bool stop = false;
+	uint32_t round;
+	size_t page;
+
+	for (i = 0; i < variant->regions; i++)
+		for (page = 0; page < self->pages[i]; page++)
+			if (page % 16)
+				fill(self->mem[i], self->state[i], page, rand_r(&seed) | 1);
+	for (i = 0; i < 2 * variant->regions; i++) {
+		writers[i] = (struct writer){
+			.mem = self->mem[i / 2], .pages = self->pages[i / 2],
+			.state = self->state[i / 2], .stop = &stop, .seed = i,
+		};
+		ASSERT_EQ(0, pthread_create(&writers[i].thread, NULL, write_pages, &writers[i]));
+	}
+	for (i = 0; i < variant->regions; i++) {
+		holders[i] = (struct holder){
+			.fd = self->fd[i], .pages = self->pages[i], .stop = &stop, .seed = i,
+		};
+		ASSERT_EQ(0, pthread_create(&holders[i].thread, NULL, hold_pages, &holders[i]));
+	}
+	round_trip(_metadata, self->stream, &self->rx, 1, ALL);
+	for (round = 2; round < 10; round++)
+		round_trip(_metadata, self->stream, &self->rx, round, DIRTY);
+	stop = true;
+	for (n = 0; n < 2 * variant->regions; n++)
+		ASSERT_EQ(0, pthread_join(writers[n].thread, NULL));
+	for (n = 0; n < variant->regions; n++)
+		ASSERT_EQ(0, pthread_join(holders[n].thread, NULL));
+	result = round_trip_flags(_metadata, self->stream, &self->rx, round, DIRTY,
+				  LMTRACK_SEND_HELD);
+	EXPECT_EQ(0, result.held_pages);
+	for (i = 0; i < variant->regions; i++)
+		compare(_metadata, self->mem[i], &self->rx.shadow[i], self->state[i]);
+}
+
+/* ---- What else arrives ---- */
 
 /* Which pages travel as zero. */
 ROUNDS_TEST(zero_pages)

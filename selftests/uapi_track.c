@@ -1216,4 +1216,140 @@ TRACK_TEST(starts_at_once)
 	EXPECT_TRUE(EVENTUALLY(1, region_info(self->fd).state == LMTRACK_IDLE));
 }
 
+/* ---- Holding pages back ---- */
+
+static uint64_t held(int fd)
+{
+	uint64_t count;
+
+	return hold_set(fd, LMTRACK_HOLD_CLEAR_ALL, 0, 0, NULL, &count) ? ~0ULL : count;
+}
+
+TRACK_TEST(hold_errors)
+{
+	int other = lmt_reopen(self->fd);
+	uint64_t *bitmap = self->bitmap, count;
+	unsigned int bit;
+
+	ASSERT_LE(0, other);
+	touch(self->mem, 0, PAGES, 1);
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 0, PAGES, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, LMTRACK_HOLD_CLEAR_ALL, 0, 0, NULL, NULL));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	EXPECT_EQ(-EPERM, hold_set(other, 0, 0, PAGES, bitmap, NULL));
+	EXPECT_EQ(-EPERM, hold_set(other, LMTRACK_HOLD_CLEAR_ALL, 0, 0, NULL, NULL));
+	for (bit = 1; bit < 32; bit++)
+		EXPECT_EQ(-EOPNOTSUPP, hold_set(self->fd, 1U << bit, 0, PAGES, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 0, 0, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 1, 64, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 63, 64, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 0, PAGES + 1, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, PAGES, 1, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, 64, ~0ULL, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, 0, ~0ULL - 63, 64, bitmap, NULL));
+	EXPECT_EQ(-EINVAL, hold_set(self->fd, LMTRACK_HOLD_CLEAR_ALL, 0, PAGES + 1, bitmap,
+				    NULL));
+	EXPECT_EQ(-EFAULT, hold_set(self->fd, 0, 0, PAGES, (void *)8, &count));
+	EXPECT_EQ(0, count);
+	EXPECT_EQ(-EFAULT, hold_set(self->fd, 0, 0, PAGES, (void *)(1UL << 63), NULL));
+	EXPECT_EQ(-EFAULT, hold_set(self->fd, 0, 0, PAGES, NULL, NULL));
+	EXPECT_EQ(0, hold_set(self->fd, 0, 0, PAGES, bitmap, &count));
+	EXPECT_EQ(0, count);
+}
+
+/* What the range says replaces what it said before; beyond it nothing changes. */
+TRACK_TEST(hold_ranges)
+{
+	uint64_t hold[WORDS], count;
+
+	touch(self->mem, 0, PAGES, 1);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	memset(hold, 0xff, sizeof(hold));
+	EXPECT_EQ(0, hold_set(self->fd, 0, 0, PAGES, hold, &count));
+	EXPECT_EQ(PAGES, count);
+	memset(hold, 0, sizeof(hold));
+	EXPECT_EQ(0, hold_set(self->fd, 0, 64, 64, hold, &count));
+	EXPECT_EQ(PAGES - 64, count);
+	/* A range over two chunks, one that ends within a word, one of a single page. */
+	EXPECT_EQ(0, hold_set(self->fd, 0, 448, 128, hold, &count));
+	EXPECT_EQ(PAGES - 64 - 128, count);
+	EXPECT_EQ(0, hold_set(self->fd, 0, 1024, 65, hold, &count));
+	EXPECT_EQ(PAGES - 64 - 128 - 65, count);
+	EXPECT_EQ(0, hold_set(self->fd, 0, PAGES - 64, 1, hold, &count));
+	EXPECT_EQ(PAGES - 64 - 128 - 65 - 1, count);
+	/* Bits beyond the range are not looked at. */
+	hold[0] = ~0ULL;
+	EXPECT_EQ(0, hold_set(self->fd, 0, 64, 3, hold, &count));
+	EXPECT_EQ(PAGES - 64 - 128 - 65 - 1 + 3, count);
+	/* All others are forgotten first. */
+	hold[0] = 5;
+	EXPECT_EQ(0, hold_set(self->fd, LMTRACK_HOLD_CLEAR_ALL, 128, 64, hold, &count));
+	EXPECT_EQ(2, count);
+	EXPECT_EQ(0, held(self->fd));
+	EXPECT_EQ(0, hold_set(self->fd, 0, 0, PAGES, hold, &count));
+	EXPECT_EQ(2, count);
+
+	/* The next tracking begins without. */
+	ASSERT_EQ(0, lmt_stop(self->fd));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	hold[0] = 0;
+	EXPECT_EQ(0, hold_set(self->fd, 0, PAGES - 64, 64, hold, &count));
+	EXPECT_EQ(0, count);
+}
+
+/* The half that could be read is in effect. */
+TRACK_TEST(hold_bitmap_faults_half_way)
+{
+	unsigned char *two = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE,
+				  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint64_t count;
+
+	ASSERT_NE(MAP_FAILED, two);
+	memset(two, 0xff, 2 * PAGE);
+	ASSERT_EQ(0, munmap(two + PAGE, PAGE));
+	touch(self->mem, 0, PAGES, 1);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	EXPECT_EQ(-EFAULT, hold_set(self->fd, 0, 0, PAGES, two + PAGE - 2 * 64, &count));
+	EXPECT_EQ(2 * LMTRACK_CHUNK_PAGES, count);
+	EXPECT_EQ(0, held(self->fd));
+}
+
+/* DIRTY_GET knows nothing of it. */
+TRACK_TEST(held_pages_are_reported)
+{
+	uint64_t hold[WORDS];
+
+	memset(hold, 0xff, sizeof(hold));
+	touch(self->mem, 0, PAGES, 1);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, hold_set(self->fd, 0, 0, PAGES, hold, NULL));
+	EXPECT_EQ(PAGES, lmt_dirty(self->fd, 0, 0, PAGES, self->bitmap));
+	EXPECT_EQ(PAGES, harvest(self->fd, self->bitmap));
+	touch(self->mem, 700, 3, 2);
+	EXPECT_EQ(3, lmt_dirty(self->fd, 0, 0, PAGES, self->bitmap));
+	EXPECT_PAGES(self->bitmap, 700, 701, 702);
+	EXPECT_EQ(3, harvest(self->fd, self->bitmap));
+	EXPECT_EQ(0, harvest(self->fd, self->bitmap));
+}
+
+/* Only chunks that have held pages pay, for as long as they have; untouched ones never do. */
+TRACK_TEST(hold_memory)
+{
+	uint64_t hold[WORDS], count, before;
+
+	memset(hold, 0xff, sizeof(hold));
+	touch(self->mem, 0, 2 * LMTRACK_CHUNK_PAGES, 1);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	before = lmt_stats(self->fd).kernel_bytes;
+	EXPECT_EQ(0, hold_set(self->fd, 0, 0, PAGES, hold, &count));
+	EXPECT_EQ(2 * LMTRACK_CHUNK_PAGES, count);
+	EXPECT_EQ(before + 2 * 64, lmt_stats(self->fd).kernel_bytes);
+	EXPECT_EQ(2, lmt_stats(self->fd).chunks);
+	memset(hold, 0, sizeof(hold));
+	EXPECT_EQ(0, hold_set(self->fd, 0, 0, LMTRACK_CHUNK_PAGES, hold, &count));
+	EXPECT_EQ(before + 64, lmt_stats(self->fd).kernel_bytes);
+	EXPECT_EQ(0, lmt_stop(self->fd));
+	EXPECT_EQ(before, lmt_stats(self->fd).kernel_bytes);
+}
+
 TEST_HARNESS_MAIN

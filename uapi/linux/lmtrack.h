@@ -343,6 +343,40 @@ struct lmtrack_stun_stats {
 #define LMTRACK_STUN_STATS	_IO(LMTRACK_IOC_TYPE, 0x16)
 
 /**
+ * struct lmtrack_hold_set - LMTRACK_HOLD_SET, on the region file that started tracking
+ * @size:	sizeof(struct lmtrack_hold_set)
+ * @flags:	LMTRACK_HOLD_CLEAR_ALL: before anything else, hold no page of the region
+ * @first:	first page of the range, a multiple of 64
+ * @pages:	length of the range in pages; @first + @pages within the region. 0 only with
+ *		LMTRACK_HOLD_CLEAR_ALL: nothing else is to be done
+ * @bitmap:	address of an array of __u64, (@pages + 63) / 64 long; page @first + n is
+ *		bit n % 64 of word n / 64. Set: the page is held from now on; clear: it is not
+ * @held:	out: pages of the region that are held now
+ *
+ * A held page that is dirty is left out of rounds: it stays dirty and writable, and writing it
+ * costs nothing. LMTRACK_SEND_HELD and LMTRACK_SEND_ALL send it all the same. DIRTY_GET knows
+ * nothing of it: a page that is held is reported, and cleared if so asked.
+ *
+ * Bits of chunks in which no page was ever touched are ignored. The end of tracking forgets
+ * what was held. On error, part of the range may have been set.
+ *
+ * EINVAL: not tracked, range, alignment; EPERM: not the tracking file; EFAULT: @bitmap; ENOMEM;
+ * EINTR: killed.
+ */
+struct lmtrack_hold_set {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 first;
+	__aligned_u64 pages;
+	__aligned_u64 bitmap;
+	__aligned_u64 held;
+};
+
+#define LMTRACK_HOLD_SET	_IO(LMTRACK_IOC_TYPE, 0x17)
+
+#define LMTRACK_HOLD_CLEAR_ALL	(1U << 0)
+
+/**
  * struct lmtrack_stream_add_region - LMTRACK_STREAM_ADD_REGION, on a stream
  * @size:	sizeof(struct lmtrack_stream_add_region)
  * @flags:	zero
@@ -397,7 +431,7 @@ struct lmtrack_stream_add_channel {
  * enum lmtrack_send_what - what a round carries
  * @LMTRACK_SEND_ALL:	every resident page; holes are neither touched nor sent
  * @LMTRACK_SEND_DIRTY:	what was dirtied since it was last harvested; pages punched out
- *			travel as zero
+ *			travel as zero; held pages stay behind
  */
 enum lmtrack_send_what {
 	LMTRACK_SEND_ALL = 0,
@@ -407,7 +441,7 @@ enum lmtrack_send_what {
 /**
  * struct lmtrack_stream_send - LMTRACK_STREAM_SEND, on a stream
  * @size:	sizeof(struct lmtrack_stream_send)
- * @flags:	zero
+ * @flags:	LMTRACK_SEND_HELD: send dirty pages that are held, too
  * @round:	the round's number in the frames; grows from one SEND to the next
  * @what:	enum lmtrack_send_what
  *
@@ -427,6 +461,8 @@ struct lmtrack_stream_send {
 
 #define LMTRACK_STREAM_SEND	_IO(LMTRACK_IOC_TYPE, 0x22)
 
+#define LMTRACK_SEND_HELD	(1U << 0)
+
 /**
  * struct lmtrack_stream_wait - LMTRACK_STREAM_WAIT, on a stream
  * @size:	sizeof(struct lmtrack_stream_wait)
@@ -440,6 +476,7 @@ struct lmtrack_stream_send {
  * @data_pages:	out: of them, sent as data
  * @zero_pages:	out: of them, sent as zero (holes and zeroes)
  * @bytes:	out: bytes handed to the network, headers included
+ * @held_pages:	out: dirty pages that were left behind because they are held
  *
  * EINVAL: no round was ever sent; ETIMEDOUT; EINTR.
  */
@@ -455,6 +492,7 @@ struct lmtrack_stream_wait {
 	__aligned_u64 data_pages;
 	__aligned_u64 zero_pages;
 	__aligned_u64 bytes;
+	__aligned_u64 held_pages;
 };
 
 #define LMTRACK_STREAM_WAIT	_IO(LMTRACK_IOC_TYPE, 0x23)
