@@ -3,19 +3,32 @@
 #include "tracker.h"
 
 #include <poll.h>
+#include <sys/ioctl.h>
 
 #define PIN_WAIT_MS 1000	/* how long pinned pages may be I/O in flight */
 #define PIN_LOOK_MS 20
 
 struct lmtrack {
 	struct kmig_tracker tracker;
+	struct kmig_tracker_ops ops;
 	unsigned int tracked;		/* regions, with tracking on */
 	struct kmig_stream *stream;
+	uint64_t found[LMTRACK_REGIONS_MAX];	/* dirty pages of each region, when last looked */
+	/* When tracking began: the module counts from the creation of the region. */
+	uint64_t write_faults[LMTRACK_REGIONS_MAX], fault_ns[LMTRACK_REGIONS_MAX];
 };
 
 static struct lmtrack *lmtrack_of(const struct kmig_tracker *tracker)
 {
 	return (struct lmtrack *)tracker;
+}
+
+static int region_stats(struct kmig_region *region, struct lmtrack_region_stats *stats)
+{
+	*stats = (struct lmtrack_region_stats){ .size = sizeof(*stats) };
+	if (ioctl(region->fd, LMTRACK_REGION_STATS, stats) < 0)
+		return kmig_fail(region->ctx, -errno, "region %s: statistics: %s", region->name, strerror(errno));
+	return 0;
 }
 
 /*
@@ -27,6 +40,7 @@ static int track(struct lmtrack *lmtrack, struct kmig_region *region)
 	const struct kmig_tracker_config *config = &lmtrack->tracker.config;
 	struct pollfd abort = { .fd = config->abort_fd, .events = POLLIN };
 	uint64_t deadline = kmig_now_ns() + kmig_ms(PIN_WAIT_MS);
+	struct lmtrack_region_stats stats;
 	uint64_t pinned;
 	int err;
 
@@ -39,8 +53,35 @@ static int track(struct lmtrack *lmtrack, struct kmig_region *region)
 	}
 	if (err)
 		return kmig_region_track_failed(region, err, pinned);
+	err = region_stats(region, &stats);
+	lmtrack->write_faults[lmtrack->tracked] = stats.write_faults;
+	lmtrack->fault_ns[lmtrack->tracked] = stats.fault_ns;
 	lmtrack->tracked++;
+	return err;
+}
+
+static int stun_stats(struct kmig_region *region, struct lmtrack_stun_stats *stats, struct lmtrack_stun_thread *threads,
+		      unsigned int count)
+{
+	*stats = (struct lmtrack_stun_stats){
+		.size = sizeof(*stats),
+		.threads = (uintptr_t)threads,
+		.thread_count = count,
+	};
+	if (ioctl(region->fd, LMTRACK_STUN_STATS, stats) < 0)
+		return kmig_fail(region->ctx, -errno, "region %s: statistics of stuns: %s", region->name, strerror(errno));
 	return 0;
+}
+
+/* What this module cannot is not in the table: it may be older than the library. */
+static void probe(struct lmtrack *lmtrack)
+{
+	struct lmtrack_stun_stats stats = { .size = sizeof(stats) };
+
+	if (ioctl(lmtrack->tracker.config.regions[0]->fd, LMTRACK_STUN_STATS, &stats) < 0 && errno == ENOTTY) {
+		lmtrack->ops.stun = NULL;
+		lmtrack->ops.stats = NULL;
+	}
 }
 
 static int lmtrack_start(struct kmig_tracker *tracker)
@@ -54,6 +95,7 @@ static int lmtrack_start(struct kmig_tracker *tracker)
 		err = track(lmtrack, config->regions[i]);
 	if (err)
 		return err;
+	probe(lmtrack);
 	opts.id = config->stream;
 	opts.no_zero_detection = config->no_zero_detection;
 	err = kmig_stream_create(config->ctx, &opts, &lmtrack->stream);
@@ -93,8 +135,10 @@ static void lmtrack_cancel(struct kmig_tracker *tracker)
 static int lmtrack_peek(struct kmig_tracker *tracker, unsigned int index, uint64_t *bitmap, uint64_t *found)
 {
 	struct kmig_region *region = tracker->config.regions[index];
+	int err = kmig_region_dirty_get(region, false, 0, kmig_region_pages(region), bitmap, found);
 
-	return kmig_region_dirty_get(region, false, 0, kmig_region_pages(region), bitmap, found);
+	lmtrack_of(tracker)->found[index] = *found;
+	return err;
 }
 
 static uint64_t lmtrack_held(struct kmig_tracker *tracker)
@@ -109,6 +153,90 @@ static uint64_t lmtrack_held(struct kmig_tracker *tracker)
 static int lmtrack_channel_stats(struct kmig_tracker *tracker, uint32_t channel, struct kmig_channel_stats *stats)
 {
 	return kmig_stream_channel_stats(lmtrack_of(tracker)->stream, channel, stats);
+}
+
+/*
+ * The module's ceiling is a region's. Each gets the part of the whole that it had of what was
+ * dirty, and a little in any case. A thread that does nothing but dirty pages always gets one
+ * page per longest delay: with many threads and a low ceiling the delay has to be longer, or
+ * the ceiling would not hold.
+ */
+static int lmtrack_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
+{
+	const struct kmig_tracker_config *config = &tracker->config;
+	struct lmtrack *lmtrack = lmtrack_of(tracker);
+	uint64_t total = 0;
+	int err = 0;
+
+	for (unsigned int i = 0; i < config->count; i++)
+		total += lmtrack->found[i] + 1;
+	for (unsigned int i = 0; i < config->count && !err; i++) {
+		double part = (lmtrack->found[i] + 1.0) / total;
+		struct lmtrack_stun_set set = { .size = sizeof(set), .rate = pages_per_second * part };
+		struct lmtrack_stun_stats stats;
+
+		if (pages_per_second && !set.rate)
+			set.rate = 1;
+		if (set.rate > LMTRACK_STUN_RATE_MAX)
+			set.rate = LMTRACK_STUN_RATE_MAX;
+		if (set.rate) {
+			err = stun_stats(config->regions[i], &stats, NULL, 0);
+			if (err)
+				break;
+			set.max_delay_us = LMTRACK_STUN_DELAY_DEFAULT_US;
+			if (stats.threads_known * 1000000 / set.rate > set.max_delay_us)
+				set.max_delay_us = LMTRACK_STUN_DELAY_MAX_US;
+		}
+		if (ioctl(config->regions[i]->fd, LMTRACK_STUN_SET, &set) < 0)
+			err = kmig_fail(config->ctx, -errno, "region %s: a ceiling of %llu pages a second: %s", config->regions[i]->name,
+					(unsigned long long)set.rate, strerror(errno));
+	}
+	return err;
+}
+
+static int by_stun(const void *one, const void *other)
+{
+	const struct kmig_tracker_thread *a = one, *b = other;
+
+	return (a->stun_ns < b->stun_ns) - (a->stun_ns > b->stun_ns);
+}
+
+static int lmtrack_stats(struct kmig_tracker *tracker, struct kmig_tracker_stats *out)
+{
+	struct kmig_tracker_thread all[LMTRACK_REGIONS_MAX * LMTRACK_STUN_THREADS];
+	unsigned int known = 0, n;
+
+	*out = (struct kmig_tracker_stats){ 0 };
+	for (unsigned int i = 0; i < tracker->config.count; i++) {
+		struct lmtrack_stun_thread threads[LMTRACK_STUN_THREADS];
+		struct lmtrack_region_stats stats;
+		struct lmtrack_stun_stats stun;
+		int err;
+
+		err = region_stats(tracker->config.regions[i], &stats);
+		if (!err)
+			err = stun_stats(tracker->config.regions[i], &stun, threads, LMTRACK_STUN_THREADS);
+		if (err)
+			return err;
+		out->write_faults += stats.write_faults - lmtrack_of(tracker)->write_faults[i];
+		out->fault_ns += stats.fault_ns - lmtrack_of(tracker)->fault_ns[i];
+		out->stuns += stun.stuns;
+		out->stun_ns += stun.total_ns;
+		if (stun.longest_ns > out->stun_max_ns)
+			out->stun_max_ns = stun.longest_ns;
+		for (unsigned int j = 0; j < stun.thread_count; j++) {
+			for (n = 0; n < known && all[n].id != (pid_t)threads[j].pid; n++)
+				;
+			if (n == known)
+				all[known++] = (struct kmig_tracker_thread){ .id = threads[j].pid };
+			all[n].stuns += threads[j].stuns;
+			all[n].stun_ns += threads[j].stun_ns;
+		}
+	}
+	qsort(all, known, sizeof(all[0]), by_stun);
+	out->threads = known < KMIG_TRACKER_THREADS ? known : KMIG_TRACKER_THREADS;
+	memcpy(out->thread, all, out->threads * sizeof(all[0]));
+	return 0;
 }
 
 static void lmtrack_free(struct kmig_tracker *tracker)
@@ -134,6 +262,8 @@ static const struct kmig_tracker_ops lmtrack_ops = {
 	.held = lmtrack_held,
 	.channel_stats = lmtrack_channel_stats,
 	.free = lmtrack_free,
+	.stun = lmtrack_stun,
+	.stats = lmtrack_stats,
 };
 
 int kmig_tracker_new_lmtrack(const struct kmig_tracker_config *config, struct kmig_tracker **out)
@@ -142,7 +272,8 @@ int kmig_tracker_new_lmtrack(const struct kmig_tracker_config *config, struct km
 
 	if (!lmtrack)
 		return kmig_fail(config->ctx, -ENOMEM, "tracker: out of memory");
-	lmtrack->tracker = (struct kmig_tracker){ .ops = &lmtrack_ops, .config = *config };
+	lmtrack->ops = lmtrack_ops;
+	lmtrack->tracker = (struct kmig_tracker){ .ops = &lmtrack->ops, .config = *config };
 	*out = &lmtrack->tracker;
 	return 0;
 }
