@@ -40,33 +40,36 @@ static void add_zeroes(XXH64_state_t *state, uint64_t length)
 	}
 }
 
+/* The first page at or after @page that exists, or that does not. */
+static uint64_t next_page(const uint64_t *exists, uint64_t pages, uint64_t page, bool wanted)
+{
+	while (page < pages && kmig_bit(exists, page) != wanted)
+		page++;
+	return page;
+}
+
 uint64_t kmig_digest_chunk(const struct kmig_region *region, uint64_t chunk)
 {
-	const uint8_t *map = region->map;
-	off_t at = chunk * kmig_chunk_bytes(region);
-	off_t end = at + kmig_chunk_bytes(region);
-	off_t data = lseek(region->fd, at, SEEK_DATA);
-	off_t hole = data < 0 ? data : lseek(region->fd, data, SEEK_HOLE);
+	uint64_t begin = chunk * kmig_chunk_bytes(region), size = region->page_size, page = 0;
+	const uint8_t *map = (const uint8_t *)region->map + begin;
+	uint64_t pages = LMTRACK_CHUNK_PAGES;
+	uint64_t exists[KMIG_CHUNK_WORDS];
 	XXH64_state_t state;
 
-	if ((uint64_t)end > region->bytes)
-		end = region->bytes;
-	if (data == at && hole >= end)
-		return XXH64(map + at, end - at, 0);
+	if (pages > (region->bytes - begin) / size)
+		pages = (region->bytes - begin) / size;
+	/* To read a hole of a memfd would fill it; where nothing is known, that is the lesser evil. */
+	if (kmig_region_exists(region, chunk, exists) || next_page(exists, pages, 0, false) == pages)
+		return XXH64(map, pages * size, 0);
 
 	XXH64_reset(&state, 0);
-	while (at < end) {
-		data = lseek(region->fd, at, SEEK_DATA);
-		if (data < 0 || data > end)
-			data = end;
-		add_zeroes(&state, data - at);
-		if (data == end)
-			break;
-		hole = lseek(region->fd, data, SEEK_HOLE);
-		if (hole < 0 || hole > end)
-			hole = end;
-		XXH64_update(&state, map + data, hole - data);
-		at = hole;
+	while (page < pages) {
+		uint64_t data = next_page(exists, pages, page, true);
+		uint64_t hole = next_page(exists, pages, data, false);
+
+		add_zeroes(&state, (data - page) * size);
+		XXH64_update(&state, map + data * size, (hole - data) * size);
+		page = hole;
 	}
 	return XXH64_digest(&state);
 }
