@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
 /*
- * The forecast plays a migration through, round by round. A round that sends d pages of p bytes
- * at a rate of r bytes/s takes
+ * The forecast plays a migration through, round by round. By the guest's working-set curve it
+ * writes W(t) distinct pages within t. A round protects each page just before it sends it, at
+ * some point between its beginning and its end, so of those written meanwhile it leaves
  *
- *	t = d * p / r + trip
+ *	M(t) = (integral of W(u) from 0 to t) / t
  *
- * and leaves behind what the guest writes meanwhile: W(t) distinct pages by its working-set
- * curve, no more than c * t under a ceiling of c pages/s, and no more than there are. Pre-copy
- * ends when what is left, the pages held back, and what else the blackout costs fit the limit.
+ * dirty, and as many again were written before their turn came and go along with it. A round of
+ * d pages of p bytes at a rate of r bytes/s takes
+ *
+ *	t = (d + M(t)) * p / r + trip
+ *
+ * but for the first, which sends everything anyway. A ceiling of c pages/s makes W(t) at most
+ * c * t, and so M(t) at most c * t / 2. Pre-copy ends when what is left, the pages held back,
+ * and what else the blackout costs fit the limit.
  */
 #include "forecast.h"
 
@@ -15,6 +21,8 @@
 
 #define NEAR 1.25		/* intervals that differ by no more say the same */
 #define CEILING_STEP 0.7	/* of the ceiling, when it was still too high */
+#define STEPS 64		/* of the integral */
+#define TURNS 16		/* until the length of a round is that of what it carries */
 
 void kmig_curve_add(struct kmig_curve *curve, uint64_t interval_ns, uint64_t pages)
 {
@@ -76,6 +84,18 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns)
 	return power_law(points[at - 1], points[at], interval_ns);
 }
 
+void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *left)
+{
+	*left = *working_set;
+	for (unsigned int i = 0; i < left->count; i++) {
+		double step = (double)left->points[i].interval_ns / STEPS, sum = 0;
+
+		for (int n = 0; n < STEPS; n++)
+			sum += kmig_curve_pages(working_set, (n + 0.5) * step);
+		left->points[i].pages = sum / STEPS;
+	}
+}
+
 /* ---- Playing it through ---- */
 
 static double transfer_ns(const struct kmig_forecast_opts *opts, double pages)
@@ -83,25 +103,53 @@ static double transfer_ns(const struct kmig_forecast_opts *opts, double pages)
 	return pages * opts->page_size / opts->bytes_per_second * 1e9;
 }
 
-/* With a ceiling on the pages dirtied per second, or 0; from the second round on. */
-static void play(const struct kmig_forecast_opts *opts, const struct kmig_curve *curve, double ceiling,
-		 struct kmig_forecast *out)
+struct play {
+	const struct kmig_forecast_opts *opts;
+	const struct kmig_curve *left;
+	double total_pages;
+	double ceiling;			/* pages a second, 0: none */
+};
+
+static double left(const struct play *play, double interval_ns, bool stunned)
 {
-	double total_pages = (double)opts->ram_bytes / opts->page_size;
+	double pages = kmig_curve_pages(play->left, interval_ns);
+
+	if (stunned && play->ceiling > 0)
+		pages = fmin(pages, play->ceiling * interval_ns / 1e9 / 2);
+	return fmin(pages, play->total_pages);
+}
+
+/* How long a round takes that begins with so many dirty pages; @carried: those it sends. */
+static double round_ns(const struct play *play, double pages, bool first, double *carried)
+{
+	double took, most = play->total_pages;
+
+	*carried = pages;
+	for (int i = 0; i < TURNS; i++) {
+		took = transfer_ns(play->opts, *carried) + play->opts->trip_ns;
+		if (first)
+			break;
+		*carried = fmin(pages + left(play, took, true), most);
+	}
+	return took;
+}
+
+/* Stun begins with the second round. */
+static void play_through(const struct play *play, struct kmig_forecast *out)
+{
+	const struct kmig_forecast_opts *opts = play->opts;
 	double pages = (double)opts->bytes / opts->page_size;
 	bool first = !opts->under_way;
-	double sent = 0, total = 0, took, rest, blackout;
+	double sent = 0, total = 0, took, rest, carried, blackout;
 
 	out->rounds = 0;
 	out->converges = false;
-	out->stun_pages_per_second = ceiling;
+	out->stun_pages_per_second = play->ceiling;
 	for (;;) {
-		took = transfer_ns(opts, pages) + opts->trip_ns;
-		rest = fmin(kmig_curve_pages(curve, took), total_pages);
-		if (ceiling > 0 && !first)
-			rest = fmin(rest, ceiling * took / 1e9);
+		took = round_ns(play, pages, first, &carried);
+		rest = left(play, took, !first);
 		first = false;
-		sent += pages;
+		sent += carried;
 		total += took;
 		if (!out->rounds++)
 			out->next_pages = rest;
@@ -121,20 +169,24 @@ static void play(const struct kmig_forecast_opts *opts, const struct kmig_curve 
 	out->total_ns = total + blackout;
 }
 
-void kmig_forecast_play(const struct kmig_forecast_opts *opts, struct kmig_forecast *out)
+void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *curve,
+			struct kmig_forecast *out)
 {
-	double ceiling = opts->convergence * opts->bytes_per_second / opts->page_size;
-	struct kmig_curve curve = { 0 };
+	double floor = fmax(opts->stun_floor, 1);
+	struct play play = {
+		.opts = opts,
+		.left = curve,
+		.total_pages = (double)opts->ram_bytes / opts->page_size,
+	};
 
-	for (unsigned int i = 0; i < opts->points; i++)
-		kmig_curve_add(&curve, opts->curve[i].interval_ns, opts->curve[i].pages);
-	play(opts, &curve, 0, out);
+	play_through(&play, out);
+	play.ceiling = opts->convergence * opts->bytes_per_second / opts->page_size;
 	while (!out->converges && !opts->no_stun) {
-		ceiling = fmax(ceiling, fmax(opts->stun_floor, 1));
-		play(opts, &curve, ceiling, out);
-		if (ceiling <= fmax(opts->stun_floor, 1))
+		play.ceiling = fmax(play.ceiling, floor);
+		play_through(&play, out);
+		if (play.ceiling <= floor)
 			break;
-		ceiling *= CEILING_STEP;
+		play.ceiling *= CEILING_STEP;
 	}
 }
 
@@ -159,6 +211,7 @@ static int check(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts)
 int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *given, struct kmig_forecast *forecast)
 {
 	struct kmig_forecast_opts opts = KMIG_FORECAST_OPTS_INIT;
+	struct kmig_curve working_set = { 0 }, left_dirty;
 	struct kmig_forecast out = { .size = sizeof(out) };
 	int err;
 
@@ -167,6 +220,9 @@ int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *given, 
 		err = check(ctx, &opts);
 	if (err)
 		return err;
-	kmig_forecast_play(&opts, &out);
+	for (unsigned int i = 0; i < opts.points; i++)
+		kmig_curve_add(&working_set, opts.curve[i].interval_ns, opts.curve[i].pages);
+	kmig_curve_left(&working_set, &left_dirty);
+	kmig_forecast_play(&opts, &left_dirty, &out);
 	return kmig_fill_sized(ctx, forecast, &out, sizeof(out), "forecast");
 }

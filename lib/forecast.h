@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The working-set curve of a guest: how many distinct pages it writes within an interval. It
- * says what a round of that length leaves behind, and with the rate of the wire what a whole
- * migration will cost.
+ * Curves of pages against an interval. There are two: the working set, how many distinct pages
+ * a guest writes within an interval; and what a round of that length leaves dirty. With the
+ * rate of the wire, the latter says what a whole migration will cost.
  */
 #ifndef KMIG_FORECAST_H
 #define KMIG_FORECAST_H
@@ -17,11 +17,19 @@ struct kmig_curve {
 /* Take a measurement in. One that is near an interval known already replaces it. */
 void kmig_curve_add(struct kmig_curve *curve, uint64_t interval_ns, uint64_t pages);
 
-/* Distinct pages written within the interval: between the measurements a power law. */
+/* Between the measurements a power law. */
 double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns);
 
-/* kmig_forecast() with options that are known to be right. */
-void kmig_forecast_play(const struct kmig_forecast_opts *opts, struct kmig_forecast *out);
+/*
+ * What rounds leave dirty, of a guest with this working set. A page is protected just before it
+ * is sent, somewhere between the beginning of the round and its end: it was open to writes for
+ * the rest of it.
+ */
+void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *left);
+
+/* kmig_forecast() with options that are known to be right, but for @opts->curve by what is left. */
+void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *left,
+			struct kmig_forecast *out);
 
 #define KMIG_PROBE_MS_MIN 10
 #define KMIG_PROBE_MS_MAX 60000

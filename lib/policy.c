@@ -38,14 +38,15 @@ void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_
 }
 
 /*
- * What the blackout takes beside its pages: a round trip and more, so a quarter of the limit is
- * set aside at least; half of it at most, or a slow peer would forbid the blackout for ever.
+ * What the blackout takes beside its pages: digests, a round trip and more, so a quarter of the
+ * limit is set aside at least; half of it at most, or a slow peer would forbid the blackout for
+ * ever.
  */
 static double blackout_ns(const struct kmig_policy *policy)
 {
 	double limit = kmig_ms(policy->opts.downtime_ms);
 
-	return fmin(fmax(policy->trip_ns, limit / 4), limit / 2);
+	return fmin(fmax(policy->trip_ns + policy->digest_ns, limit / 4), limit / 2);
 }
 
 static double budget_ns(const struct kmig_policy *policy)
@@ -65,10 +66,10 @@ static void measure(struct kmig_policy *policy, uint64_t dirty, uint64_t interva
 	if (policy->predicted >= 0 && dirty)
 		policy->error = fabs(policy->predicted - dirty) / dirty;
 	/* What the ceiling allowed says nothing about what the guest would write without it. */
-	if (policy->ceiling > 0 && dirty > policy->ceiling * interval_ns / 1e9 * FREE_SHARE &&
-	    dirty < kmig_curve_pages(&policy->curve, interval_ns))
+	if (policy->ceiling > 0 && dirty > policy->ceiling * interval_ns / 1e9 / 2 * FREE_SHARE &&
+	    dirty < kmig_curve_pages(&policy->left, interval_ns))
 		return;
-	kmig_curve_add(&policy->curve, interval_ns, dirty);
+	kmig_curve_add(&policy->left, interval_ns, dirty);
 }
 
 /* From what is dirty now to the end. */
@@ -83,8 +84,6 @@ static void forecast(struct kmig_policy *policy, uint64_t dirty, uint64_t held, 
 	ahead.held_pages = held;
 	ahead.page_size = opts->page_size;
 	ahead.bytes_per_second = policy->rate;
-	ahead.curve = policy->curve.points;
-	ahead.points = policy->curve.count;
 	ahead.downtime_ms = opts->downtime_ms;
 	ahead.trip_ns = policy->trip_ns;
 	ahead.blackout_ns = blackout_ns(policy);
@@ -95,7 +94,7 @@ static void forecast(struct kmig_policy *policy, uint64_t dirty, uint64_t held, 
 	ahead.stun_floor = opts->stun_floor;
 	ahead.no_stun = !opts->can_stun;
 	ahead.under_way = true;
-	kmig_forecast_play(&ahead, &policy->forecast);
+	kmig_forecast_play(&ahead, &policy->left, &policy->forecast);
 }
 
 /* Too small a change would only wake those who wait. */

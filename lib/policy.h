@@ -30,9 +30,10 @@ enum kmig_decision {
 
 struct kmig_policy {
 	struct kmig_policy_opts opts;
-	struct kmig_curve curve;	/* of the guest when it is not slowed down */
+	struct kmig_curve left;		/* what rounds leave dirty when the guest is not slowed down */
 	double rate;			/* bytes a second, while sending */
 	uint64_t trip_ns;		/* what a round takes beside its pages */
+	uint64_t digest_ns;		/* that digests will take in the blackout, by the engine's estimate */
 	uint32_t rounds;
 
 	double ceiling;			/* pages a second that may be dirtied; 0: as the guest likes */

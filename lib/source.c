@@ -711,10 +711,12 @@ static int start_convergence(struct kmig_source *source)
 		.can_stun = !opts->no_stun && source->tracker->ops->stun,
 		.can_hold = !opts->no_hold_back && source->tracker->ops->hold,
 	};
+	struct kmig_curve working_set = { 0 };
 
 	kmig_policy_start(&source->policy, &policy);
 	for (unsigned int i = 0; i < source->probed; i++)
-		kmig_curve_add(&source->policy.curve, source->probe[i].interval_ns, source->probe[i].pages);
+		kmig_curve_add(&working_set, source->probe[i].interval_ns, source->probe[i].pages);
+	kmig_curve_left(&working_set, &source->policy.left);
 	if (policy.can_hold && kmig_hot_start(&source->hot, source->regions, source->count))
 		return kmig_fail(source->ctx, -ENOMEM, "pages held back: out of memory");
 	return 0;
@@ -756,8 +758,14 @@ static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision
 	struct kmig_policy *policy = &source->policy;
 	uint64_t now = kmig_now_ns(), held = source->hot.held < dirty ? source->hot.held : dirty;
 	double ceiling = policy->ceiling;
+	uint64_t chunks;
 	int err;
 
+	chunks = kmig_source_digest_dirty(&source->digest, source->dirty);
+	policy->digest_ns = kmig_source_digest_cost(&source->digest, chunks);
+	/* Nothing was digested yet: then nothing is known. */
+	if (policy->digest_ns == UINT64_MAX)
+		policy->digest_ns = 0;
 	*decision = kmig_policy_look(policy, dirty, held, now - source->round_begin_ns, now - source->clock.start_ns);
 	if (*decision == KMIG_GIVE_UP)
 		return kmig_fail(source->ctx, -ETIME, "%s: %.0f MiB are dirty, %.1f MB/s are sent; allow a longer downtime or more time, give it a faster link, or wait until the guest is less busy",

@@ -224,6 +224,16 @@ void kmig_source_digest_need(struct kmig_source_digest *digest)
 		begin(digest, n);
 }
 
+uint64_t kmig_source_digest_dirty(struct kmig_source_digest *digest, uint64_t *const *dirty)
+{
+	uint64_t total = kmig_chunks_total(&digest->chunks), chunks = 0;
+
+	find_dirty_chunks(digest, dirty);
+	for (uint64_t i = 0; i < kmig_words(total); i++)
+		chunks += __builtin_popcountll(digest->dirty_chunks[i]);
+	return chunks;
+}
+
 bool kmig_source_digest_sent(struct kmig_source_digest *digest)
 {
 	return !kmig_workers_busy(&digest->workers);

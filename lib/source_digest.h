@@ -52,6 +52,8 @@ void kmig_source_digest_need(struct kmig_source_digest *digest);
 /* Everything that was begun has been sent; and has been compared? */
 bool kmig_source_digest_sent(struct kmig_source_digest *digest);
 bool kmig_source_digest_compared(struct kmig_source_digest *digest);
+/* Chunks in which something is dirty: those that are left for the blackout. */
+uint64_t kmig_source_digest_dirty(struct kmig_source_digest *digest, uint64_t *const *dirty);
 /* Nanoseconds that digesting so many chunks takes, as measured. */
 uint64_t kmig_source_digest_cost(struct kmig_source_digest *digest, uint64_t chunks);
 

@@ -38,6 +38,16 @@ static double written(const struct world *world, double seconds)
 	return world->ceiling > 0 ? fmin(pages, world->ceiling * seconds) : pages;
 }
 
+/* Pages are protected one after the other, evenly over the round. */
+static double left(const struct world *world, double seconds)
+{
+	double sum = 0;
+
+	for (int i = 0; i < 1000; i++)
+		sum += written(world, seconds * (i + 0.5) / 1000);
+	return sum / 1000;
+}
+
 static struct kmig_policy_opts usual(const struct world *world)
 {
 	return (struct kmig_policy_opts){
@@ -54,12 +64,18 @@ static struct kmig_policy_opts usual(const struct world *world)
 
 static void send_round(struct world *world)
 {
-	double took = world->dirty * PAGE / world->wire + world->trip;
+	double pages = world->dirty, took;
 
-	kmig_policy_sent(&world->policy, world->dirty * PAGE, took * SECOND, (took - world->trip) * SECOND);
-	world->bytes += world->dirty * PAGE;
+	/* What is written before its turn comes goes along. */
+	for (int i = 0; i < 50; i++) {
+		took = pages * PAGE / world->wire + world->trip;
+		if (world->policy.rounds)
+			pages = fmin(world->dirty + left(world, took), world->pages);
+	}
+	kmig_policy_sent(&world->policy, pages * PAGE, took * SECOND, (took - world->trip) * SECOND);
+	world->bytes += pages * PAGE;
 	world->now += took;
-	world->dirty = written(world, took);
+	world->dirty = left(world, took);
 }
 
 /* The pre-copy of a whole migration; the wire may change on the way. */
@@ -174,20 +190,24 @@ FIXTURE_TEARDOWN(forecast)
 	kmig_ctx_free(self->ctx);
 }
 
-/* The classical table: a quarter of every round is dirtied again, so rounds shrink by four. */
-TEST_F(forecast, a_quarter_dirtied_again)
+/*
+ * The classical table: rounds shrink by four. A guest that writes at 0.4 of the wire's rate
+ * leaves a fifth of the first round dirty; with what it writes ahead of the second, that is a
+ * quarter.
+ */
+TEST_F(forecast, rounds_shrink_by_four)
 {
-	self->curve[0].pages = 32 * MIB / PAGE;
+	self->curve[0].pages = 0.4 * 128 * MIB / PAGE;
 	self->opts.downtime_ms = 500;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
 	EXPECT_TRUE(self->out.converges);
 	EXPECT_EQ(0, self->out.stun_pages_per_second);
-	/* 2048, 512, 128 MiB; then 32 MiB are left: 0.25 s. */
+	/* 2048, 512, 128 MiB; then 25.6 MiB are left: 0.2 s. */
 	EXPECT_EQ(3, self->out.rounds);
-	EXPECT_EQ(250000000, self->out.downtime_ns);
-	EXPECT_EQ(21250000000ull, self->out.total_ns);
-	EXPECT_EQ(2720ull * MIB, self->out.bytes);
-	EXPECT_EQ(512ull * MIB / PAGE, self->out.next_pages);
+	EXPECT_LT(fabs(self->out.downtime_ns - 0.2e9), 1e5);
+	EXPECT_LT(fabs(self->out.total_ns - 21.2e9), 1e7);
+	EXPECT_LT(fabs(self->out.bytes - 2713.6 * MIB), MIB);
+	EXPECT_LT(fabs(self->out.next_pages - 409.6 * MIB / PAGE), 20);
 }
 
 TEST_F(forecast, an_idle_guest)
@@ -225,11 +245,11 @@ TEST_F(forecast, a_time_limit_asks_for_more_stun)
 	self->curve[0].pages = 512 * MIB / PAGE;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
 	relaxed = self->out.stun_pages_per_second;
-	self->opts.max_time_ms = 40000;
+	self->opts.max_time_ms = 37000;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
 	EXPECT_TRUE(self->out.converges);
 	EXPECT_LT(self->out.stun_pages_per_second, relaxed);
-	EXPECT_LE(self->out.total_ns, 40000000000ull);
+	EXPECT_LE(self->out.total_ns, 37000000000ull);
 	/* Two passes alone take longer than this. */
 	self->opts.max_time_ms = 20000;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
@@ -239,15 +259,19 @@ TEST_F(forecast, a_time_limit_asks_for_more_stun)
 
 TEST_F(forecast, what_the_blackout_costs_beside_its_pages)
 {
+	uint64_t without;
+
 	self->curve[0].pages = 32 * MIB / PAGE;
 	self->opts.downtime_ms = 500;
 	self->opts.blackout_ns = 300000000;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
-	EXPECT_EQ(4, self->out.rounds);
+	EXPECT_EQ(3, self->out.rounds);
+	without = self->out.downtime_ns;
 	self->opts.held_pages = 16 * MIB / PAGE;
 	ASSERT_EQ(0, kmig_forecast(self->ctx, &self->opts, &self->out));
-	EXPECT_EQ(4, self->out.rounds);
-	EXPECT_EQ(300000000 + 125000000 + 62500000, self->out.downtime_ns);
+	EXPECT_EQ(3, self->out.rounds);
+	EXPECT_EQ(without + 125000000, self->out.downtime_ns);
+	EXPECT_LT(self->out.downtime_ns, 500000000);
 }
 
 TEST_F(forecast, options)
@@ -329,7 +353,7 @@ TEST(the_ceiling_follows_the_link)
 static void guest_calms_down(struct world *world, uint32_t round)
 {
 	if (round == 2)
-		world->writes = 100;
+		world->writes = 3000;
 }
 
 TEST(a_guest_that_calms_down_is_released)
@@ -337,7 +361,7 @@ TEST(a_guest_that_calms_down_is_released)
 	struct world world = { .wire = 100 * MIB, .trip = 0.01, .pages = 262144, .writes = 3 * 25600, .set = 262144 };
 	struct kmig_policy_opts opts = usual(&world);
 
-	opts.downtime_ms = 10;
+	opts.downtime_ms = 30;
 	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, guest_calms_down));
 	EXPECT_EQ(0, world.policy.ceiling);
 }

@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Does what the forecast promises come true? A process with a tracked region as its guest is
+ * moved over a link of known rate: loopback in a network namespace of its own, shaped by tc.
+ * Run in the VM with the module, as root:
+ *
+ *   quarter	the classical table: each round is a quarter of the one before
+ *   overload	dirties at five times the link's rate; without stun, then with it, many runs
+ *   zipf	a skewed writer, with pages held back and without
+ *
+ * -n RUNS: of overload, 20 unless given. -p: with the tracker pagemap; needs no VM, no module.
+ *
+ * It prints figures and, at the end of each, whether the bounds were kept.
+ */
+#include <errno.h>
+#include <getopt.h>
+#include <math.h>
+#include <sched.h>
+#include <stdio.h>
+#include <time.h>
+
+#include "lib_pair.h"
+
+#define LINK_MBIT 400
+#define LINK_BYTES (LINK_MBIT * 125000.0 * 0.998)	/* a second; what TCP/IP headers leave */
+#define GUEST_BYTES (256ull * MIB)
+#define GUEST_PAGES (GUEST_BYTES / PAGE_BYTES)
+#define TICK_US 1000
+#define ZIPF 0.99
+#define LIMIT 0.15
+
+enum pattern { SWEEP, SKEWED };
+
+static bool pagemap;	/* a memfd, without the module: nobody can be stunned */
+
+/* The guest: a writer of so many pages a second, and a thread that only reads. */
+static struct load {
+	enum pattern pattern;
+	double rate;			/* writes a second */
+	uint64_t set;			/* pages it writes to */
+	uint8_t *ram;
+	_Atomic bool stop, paused, parked;
+	_Atomic uint64_t written, read;
+	uint32_t *order;		/* page by rank */
+	double *share;			/* of the ranks up to this one */
+	pthread_t writer, reader;
+} load;
+
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+static uint64_t next_random(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+static uint64_t pick(uint64_t *at, uint64_t *state)
+{
+	uint64_t low = 0, high = load.set - 1;
+	double x;
+
+	if (load.pattern == SWEEP)
+		return load.order[(*at)++ % load.set];
+	x = (next_random(state) >> 11) * 0x1p-53;
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+
+		if (load.share[middle] < x)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return load.order[low];
+}
+
+static void *write_main(void *data)
+{
+	uint64_t at = 0, state = 88172645463325252ull;
+	double begin = now(), due = 0;
+
+	(void)data;
+	while (!load.stop) {
+		if (load.paused) {
+			load.parked = true;
+			usleep(TICK_US);
+			begin = now();
+			due = 0;
+			continue;
+		}
+		load.parked = false;
+		/* What could not be written in time is not made up for: a guest does less, then. */
+		if ((now() - begin) * load.rate - due > load.rate / 10)
+			due = (now() - begin) * load.rate;
+		for (; due < (now() - begin) * load.rate && !load.paused; due++) {
+			uint8_t *page = load.ram + pick(&at, &state) * PAGE_BYTES;
+
+			*(volatile uint64_t *)page = next_random(&state);
+			load.written++;
+		}
+		usleep(TICK_US);
+	}
+	return NULL;
+}
+
+static void *read_main(void *data)
+{
+	uint64_t state = 1181783497276652981ull;
+	volatile uint64_t sum = 0;
+
+	(void)data;
+	while (!load.stop) {
+		if (load.paused) {
+			usleep(TICK_US);
+			continue;
+		}
+		for (int i = 0; i < 64; i++)
+			sum += *(volatile uint64_t *)(load.ram + next_random(&state) % GUEST_PAGES * PAGE_BYTES);
+		load.read += 64;
+	}
+	return NULL;
+}
+
+static void load_prepare(enum pattern pattern, double rate, uint64_t set)
+{
+	uint64_t state = 2463534242;
+	double sum = 0;
+
+	load.pattern = pattern;
+	load.rate = rate;
+	load.set = set;
+	free(load.order);
+	free(load.share);
+	load.order = calloc(set, sizeof(*load.order));
+	load.share = calloc(set, sizeof(*load.share));
+	for (uint64_t i = 0; i < set; i++) {
+		uint64_t other = next_random(&state) % (i + 1);
+
+		load.order[i] = load.order[other];
+		load.order[other] = i;
+		sum += pow(i + 1, -ZIPF);
+		load.share[i] = sum;
+	}
+	for (uint64_t i = 0; i < set; i++)
+		load.share[i] /= sum;
+}
+
+static void load_start(uint8_t *ram, bool reads)
+{
+	load.ram = ram;
+	load.stop = load.paused = load.parked = false;
+	pthread_create(&load.writer, NULL, write_main, NULL);
+	if (reads)
+		pthread_create(&load.reader, NULL, read_main, NULL);
+	else
+		load.reader = 0;
+}
+
+static void load_end(void)
+{
+	load.stop = true;
+	pthread_join(load.writer, NULL);
+	if (load.reader)
+		pthread_join(load.reader, NULL);
+}
+
+/* ---- One migration ---- */
+
+static struct {
+	struct kmig_round_report rounds[1024];
+	unsigned int count;
+	struct kmig_forecast first;	/* made after the first pass */
+	double first_pass;		/* seconds since the migration began, at the end of it */
+	double read_rate, write_rate;	/* while memory was sent */
+	uint64_t read_begin, written_begin;
+	double begin;
+} trace;
+
+static int pause_load(void *data)
+{
+	struct side *side = data;
+	double took = now() - trace.begin;
+
+	trace.read_rate = (load.read - trace.read_begin) / took;
+	trace.write_rate = (load.written - trace.written_begin) / took;
+	load.paused = true;
+	while (!load.parked)
+		usleep(100);
+	side->world->source_runs = false;
+	return 0;
+}
+
+static int resume_load(void *data)
+{
+	struct side *side = data;
+
+	load.paused = false;
+	side->world->source_runs = true;
+	return 0;
+}
+
+static void note_round(const struct kmig_round_report *round, void *data)
+{
+	(void)data;
+	if (trace.count < 1024)
+		trace.rounds[trace.count++] = *round;
+}
+
+static void note_progress(const struct kmig_report *report, void *data)
+{
+	(void)data;
+	if (report->state == KMIG_STATE_FIRST_PASS && !trace.begin) {
+		trace.begin = now();
+		trace.read_begin = load.read;
+		trace.written_begin = load.written;
+	}
+	if (!trace.first.total_ns && report->forecast.total_ns) {
+		trace.first = report->forecast;
+		trace.first_pass = trace.rounds[0].duration_ns / 1e9;
+	}
+}
+
+static struct kmig_report move(const struct kmig_source_opts *given, bool reads, int *result)
+{
+	struct kmig_source_ops ops = {
+		.size = sizeof(ops),
+		.pause = pause_load,
+		.resume = resume_load,
+		.save_state = on_save,
+		.completed = on_completed,
+		.progress = note_progress,
+		.round = note_round,
+	};
+	struct kmig_report report = { .size = sizeof(report) };
+	struct kmig_source_opts opts = *given;
+	struct world *world = new_world();
+	struct side source, destination;
+	struct kmig_source *engine;
+	pthread_t thread;
+	uint8_t *ram;
+
+	if (side_init(&source, world, !pagemap, GUEST_BYTES) || side_init(&destination, world, false, GUEST_BYTES) ||
+	    !(ram = kmig_region_map(source.region))) {
+		fprintf(stderr, "%s\n", kmig_ctx_error(source.ctx));
+		exit(1);
+	}
+	for (uint64_t page = 0; page < GUEST_PAGES; page++)
+		memset(ram + page * PAGE_BYTES, page * 31 + 1, PAGE_BYTES);
+	source.is_source = true;
+	source.timeout_ms = destination.timeout_ms = 20000;
+	memset(&trace, 0, sizeof(trace));
+	load_start(ram, reads);
+	usleep(200000);
+	pthread_create(&thread, NULL, destination_main, &destination);
+	while (!world->port)
+		usleep(1000);
+	opts.host = "127.0.0.1";
+	opts.port = world->port;
+	opts.secret = SECRET;
+	opts.secret_len = strlen(SECRET);
+	opts.timeout_ms = source.timeout_ms;
+	if (kmig_source_new(source.ctx, &opts, &ops, &source, &engine) ||
+	    kmig_source_add_region(engine, source.region)) {
+		fprintf(stderr, "%s\n", kmig_ctx_error(source.ctx));
+		exit(1);
+	}
+	*result = kmig_source_run(engine);
+	kmig_source_report(engine, &report);
+	if (*result)
+		printf("# %s\n", kmig_ctx_error(source.ctx));
+	kmig_source_free(engine);
+	pthread_join(thread, NULL);
+	load_end();
+	if (!*result && memcmp(ram, kmig_region_map(destination.region), GUEST_BYTES)) {
+		printf("MEMORY DIFFERS\n");
+		exit(1);
+	}
+	side_end(&source);
+	side_end(&destination);
+	return report;
+}
+
+static void print_rounds(void)
+{
+	printf("%6s %10s %8s %9s %10s %10s %8s\n", "round", "MiB", "seconds", "MB/s", "held", "ceiling", "error");
+	for (unsigned int i = 0; i < trace.count; i++) {
+		const struct kmig_round_report *r = &trace.rounds[i];
+
+		printf("%6u %10.2f %8.3f %9.1f %10llu %10.0f %8.2f\n", r->round, r->bytes / (double)MIB,
+		       r->duration_ns / 1e9, r->bytes_per_second / 1e6, (unsigned long long)r->held_pages,
+		       r->stun_pages_per_second, r->forecast_error);
+	}
+}
+
+static void print_downtime(const struct kmig_report *report)
+{
+	const struct kmig_downtime *d = &report->downtime;
+
+	printf("downtime %.1f ms: pause %.1f, device state out %.1f, memory %.1f, digests %.1f, device state in %.1f, commit %.1f, resume %.1f\n",
+	       report->downtime_ns / 1e6, d->pause_ns / 1e6, d->save_ns / 1e6, d->memory_ns / 1e6, d->digest_ns / 1e6,
+	       d->load_ns / 1e6, d->commit_ns / 1e6, d->resume_ns / 1e6);
+}
+
+static bool within(const char *what, double forecast, double came, double scale, const char *unit)
+{
+	double off = fabs(came - forecast) / came;
+
+	printf("%-12s forecast %10.3f %s, came %10.3f %s: %.1f %% off\n", what, forecast / scale, unit, came / scale, unit,
+	       off * 100);
+	return off <= LIMIT;
+}
+
+/* ---- What is shown ---- */
+
+static bool quarter(void)
+{
+	struct kmig_forecast_opts ahead = KMIG_FORECAST_OPTS_INIT;
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	struct kmig_forecast forecast = KMIG_FORECAST_INIT;
+	/*
+	 * A guest that writes at 0.4 of the link's rate leaves a fifth of a round dirty, pages being
+	 * protected just before they are sent; and what it writes ahead of the next round goes along.
+	 */
+	struct kmig_curve_point curve = { 1000000000, 0.4 * LINK_BYTES / PAGE_BYTES };
+	struct kmig_ctx *ctx;
+	struct kmig_report report;
+	bool ok;
+	int err;
+
+	opts.downtime_ms = 400;
+	/* The blackout of this guest: 700 kB of state, digests of what was sent last. */
+	ahead.ram_bytes = ahead.bytes = GUEST_BYTES;
+	ahead.bytes_per_second = LINK_BYTES;
+	ahead.curve = &curve;
+	ahead.points = 1;
+	ahead.downtime_ms = opts.downtime_ms;
+	ahead.blackout_ns = 700000 / LINK_BYTES * 1e9;
+	kmig_ctx_new(&ctx);
+	kmig_forecast(ctx, &ahead, &forecast);
+	kmig_ctx_free(ctx);
+
+	printf("== quarter: %.0f MiB (2048 in the original) at %d Mbit/s, rounds shrink by 4\n",
+	       GUEST_BYTES / (double)MIB, LINK_MBIT);
+	load_prepare(SWEEP, curve.pages, GUEST_PAGES);
+	opts.no_hold_back = true;
+	report = move(&opts, false, &err);
+	print_rounds();
+	if (err)
+		return false;
+	print_downtime(&report);
+	ok = within("rounds", forecast.rounds, report.rounds - 1, 1, "");
+	ok &= within("total", forecast.total_ns, report.total_ns - report.setup_ns, 1e9, "s");
+	ok &= within("downtime", forecast.downtime_ns, report.downtime_ns, 1e6, "ms");
+	return ok;
+}
+
+static bool overload(unsigned int runs)
+{
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	double reads_before, begin, worst = 0, off = 0, reads = 0;
+	uint64_t before;
+	struct kmig_report report;
+	unsigned int kept = 0;
+	bool ok;
+	int err;
+
+	printf("== overload: dirties at 5 times the link's rate, %u MiB of %.0f, %d Mbit/s\n", 128, GUEST_BYTES / (double)MIB, LINK_MBIT);
+	load_prepare(SWEEP, 5 * LINK_BYTES / PAGE_BYTES, 128 * MIB / PAGE_BYTES);
+	opts.no_stun = true;
+	opts.no_hold_back = true;
+	opts.on_timeout = KMIG_TIMEOUT_ABORT;
+	report = move(&opts, true, &err);
+	printf("without stun: %s after %u rounds, %.1f s\n", err ? "did not converge" : "converged", report.rounds,
+	       report.total_ns / 1e9);
+	ok = err == -ETIME && report.rounds == 30;
+	before = trace.read_rate;
+	(void)begin;
+	reads_before = before;
+	opts = (struct kmig_source_opts)KMIG_SOURCE_OPTS_INIT;
+	opts.no_hold_back = true;
+	printf("%4s %7s %9s %9s %9s %9s %9s %9s\n", "run", "rounds", "forecast", "total", "off", "downtime", "ceiling",
+	       "reads/s");
+	for (unsigned int i = 0; i < runs; i++) {
+		double total, forecast, ceiling = 0;
+
+		report = move(&opts, true, &err);
+		if (!i) {
+			print_rounds();
+			print_downtime(&report);
+		}
+		for (unsigned int r = 0; r < trace.count; r++)
+			ceiling = fmax(ceiling, trace.rounds[r].stun_pages_per_second);
+		total = (report.total_ns - report.setup_ns) / 1e9;
+		forecast = trace.first_pass + trace.first.total_ns / 1e9;
+		printf("%4u %7u %7.2f s %7.2f s %7.1f %% %6.1f ms %9.0f %9.0f\n", i + 1, report.rounds, forecast, total,
+		       fabs(total - forecast) / total * 100, report.downtime_ns / 1e6, ceiling, trace.read_rate);
+		fflush(stdout);
+		if (err)
+			continue;
+		kept += report.downtime_ns <= opts.downtime_ms * 1000000ull;
+		worst = fmax(worst, report.downtime_ns / 1e6);
+		off = fmax(off, fabs(total - forecast) / total);
+		reads += trace.read_rate / runs;
+	}
+	printf("downtime kept in %u of %u runs, longest %.1f ms of %u; forecast off by %.1f %% at most; reads %.2f of those without stun\n",
+	       kept, runs, worst, opts.downtime_ms, off * 100, reads / reads_before);
+	return ok && kept == runs && off <= LIMIT;
+}
+
+static bool zipf(void)
+{
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	struct kmig_report with, without;
+	int err;
+
+	printf("== zipf %.2f: writes over %.0f MiB, %d Mbit/s\n", ZIPF, GUEST_BYTES / (double)MIB, LINK_MBIT);
+	load_prepare(SKEWED, 3 * LINK_BYTES / PAGE_BYTES, GUEST_PAGES);
+	opts.no_hold_back = true;
+	without = move(&opts, false, &err);
+	print_rounds();
+	if (err)
+		return false;
+	printf("without holding back: %.1f MiB, %u rounds, downtime %.1f ms\n", without.transferred_bytes / (double)MIB,
+	       without.rounds, without.downtime_ns / 1e6);
+	opts.no_hold_back = false;
+	with = move(&opts, false, &err);
+	print_rounds();
+	if (err)
+		return false;
+	printf("with: %.1f MiB, %u rounds, downtime %.1f ms: %.2f of the bytes\n", with.transferred_bytes / (double)MIB,
+	       with.rounds, with.downtime_ns / 1e6, (double)with.transferred_bytes / without.transferred_bytes);
+	return with.downtime_ns <= opts.downtime_ms * 1000000ull &&
+	       with.transferred_bytes <= 0.7 * without.transferred_bytes;
+}
+
+static bool verdict(const char *name, bool ok)
+{
+	printf("%s: %s\n\n", name, ok ? "kept" : "NOT kept");
+	fflush(stdout);
+	return ok;
+}
+
+int main(int argc, char **argv)
+{
+	unsigned int runs = 20;
+	bool ok = true;
+	char shape[128];
+	int opt;
+
+	while ((opt = getopt(argc, argv, "n:p")) != -1) {
+		if (opt == 'n')
+			runs = strtoul(optarg, NULL, 10);
+		else if (opt == 'p')
+			pagemap = true;
+		else
+			return 2;
+	}
+	snprintf(shape, sizeof(shape), "ip link set lo up && tc qdisc add dev lo root tbf rate %dmbit burst 256k latency 50ms",
+		 LINK_MBIT);
+	if (unshare(CLONE_NEWNET) || system(shape)) {
+		perror("a network namespace with a shaped link");
+		return 1;
+	}
+	for (int i = optind; i < argc; i++) {
+		if (!strcmp(argv[i], "quarter"))
+			ok &= verdict(argv[i], quarter());
+		else if (!strcmp(argv[i], "overload"))
+			ok &= verdict(argv[i], overload(runs));
+		else if (!strcmp(argv[i], "zipf"))
+			ok &= verdict(argv[i], zipf());
+		else
+			return 2;
+	}
+	return !ok;
+}
