@@ -34,6 +34,8 @@
 #define WAIT_MS 1000
 /* Below this pinning pages and hearing of them costs more than copying. */
 #define ZEROCOPY_MIN (16u << 10)
+/* The kernel takes the whole of a send for locked, however much of it found room. */
+#define ZEROCOPY_MAX (256u << 10)
 /* Sends whose completion has not come; more are copied. */
 #define ZEROCOPY_CALLS 256
 /* A chunk has at most every other page in an extent of its own. */
@@ -173,6 +175,18 @@ static bool can_zerocopy(const struct channel *channel)
 	return channel->zerocopy && channel->calls - channel->completed < ZEROCOPY_CALLS;
 }
 
+/* The part of the vector to be sent at once: whole pieces, or some of the first. */
+static unsigned int zerocopy_part(const struct iovec *vec, unsigned int count, struct iovec *first)
+{
+	size_t bytes = 0;
+	unsigned int n = 0;
+
+	while (n < count && bytes + vec[n].iov_len <= ZEROCOPY_MAX)
+		bytes += vec[n++].iov_len;
+	*first = (struct iovec){ vec->iov_base, ZEROCOPY_MAX };
+	return n;
+}
+
 /* Send all of the vector, which is used up; @payload: so many bytes of guest memory, else a head. */
 static int push(struct channel *channel, struct iovec *vec, unsigned int count, int flags, uint32_t payload)
 {
@@ -183,11 +197,20 @@ static int push(struct channel *channel, struct iovec *vec, unsigned int count, 
 	while (count && !err) {
 		struct msghdr msg = { .msg_iov = vec, .msg_iovlen = count };
 		bool now = zerocopy && can_zerocopy(channel);
-		ssize_t n = sendmsg(channel->sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT | flags | (now ? MSG_ZEROCOPY : 0));
+		struct iovec first;
+		ssize_t n;
 
+		if (now)
+			msg.msg_iovlen = zerocopy_part(vec, count, &first);
+		if (!msg.msg_iovlen) {
+			msg.msg_iov = &first;
+			msg.msg_iovlen = 1;
+		}
+		n = sendmsg(channel->sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT | flags | (now ? MSG_ZEROCOPY : 0));
 		if (n < 0 && errno == ENOBUFS && now) {
-			/* The socket may not hold more notices. */
+			/* So many pages may not be locked, or notices kept: now, or at all. */
 			zerocopy = false;
+			channel->zerocopy = channel->completed != channel->calls;
 		} else if (n < 0 && errno == EAGAIN) {
 			err = wait_for(channel, POLLOUT);
 		} else if (n < 0 && errno != EINTR) {
