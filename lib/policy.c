@@ -15,7 +15,6 @@
 #define PROGRESS 0.95			/* of the fewest pages left: less is progress */
 #define STALLED_ROUNDS 3
 #define HARDER 0.5			/* of the ceiling, when the guest has to be held harder */
-#define FREE_SHARE 0.7			/* of the ceiling: who stays below is not held by it */
 #define CEILING_CHANGE 0.1		/* less than this is not worth a change */
 
 void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts *opts)
@@ -61,27 +60,27 @@ bool kmig_policy_fits(const struct kmig_policy *policy, uint64_t dirty)
 	return policy->rate > 0 && dirty * policy->opts.page_size / policy->rate * 1e9 <= budget_ns(policy);
 }
 
-static void measure(struct kmig_policy *policy, uint64_t dirty, uint64_t interval_ns)
+static void measure(struct kmig_policy *policy, const struct kmig_look *look)
 {
+	uint64_t dirty = look->dirty - look->held;
+
 	if (policy->predicted >= 0 && dirty)
 		policy->error = fabs(policy->predicted - dirty) / dirty;
 	/* What the ceiling allowed says nothing about what the guest would write without it. */
-	if (policy->ceiling > 0 && dirty > policy->ceiling * interval_ns / 1e9 / 2 * FREE_SHARE &&
-	    dirty < kmig_curve_pages(&policy->left, interval_ns))
-		return;
-	kmig_curve_add(&policy->left, interval_ns, dirty);
+	if (!look->stunned)
+		kmig_curve_add(&policy->left, look->interval_ns, dirty);
 }
 
 /* From what is dirty now to the end. */
-static void forecast(struct kmig_policy *policy, uint64_t dirty, uint64_t held, uint64_t elapsed_ns)
+static void forecast(struct kmig_policy *policy, const struct kmig_look *look)
 {
 	const struct kmig_policy_opts *opts = &policy->opts;
 	struct kmig_forecast_opts ahead = KMIG_FORECAST_OPTS_INIT;
-	uint64_t elapsed_ms = elapsed_ns / 1000000;
+	uint64_t elapsed_ms = look->elapsed_ns / 1000000;
 
 	ahead.ram_bytes = opts->ram_bytes;
-	ahead.bytes = (dirty - held) * opts->page_size;
-	ahead.held_pages = held;
+	ahead.bytes = (look->dirty - look->held) * opts->page_size;
+	ahead.held_pages = look->held;
 	ahead.page_size = opts->page_size;
 	ahead.bytes_per_second = policy->rate;
 	ahead.downtime_ms = opts->downtime_ms;
@@ -145,33 +144,32 @@ static void slow_down(struct kmig_policy *policy)
 	}
 }
 
-enum kmig_decision kmig_policy_look(struct kmig_policy *policy, uint64_t dirty, uint64_t held,
-				    uint64_t interval_ns, uint64_t elapsed_ns)
+enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmig_look *look)
 {
 	const struct kmig_policy_opts *opts = &policy->opts;
 	bool at_floor = policy->ceiling > 0 && policy->ceiling <= fmax(opts->stun_floor, 1);
 	enum kmig_decision decision = KMIG_GO_ON;
 
-	measure(policy, dirty - held, interval_ns);
+	measure(policy, look);
 	policy->hold_budget = opts->can_hold && policy->rate > 0 ?
 			      budget_ns(policy) / 1e9 * policy->rate / opts->page_size * HOLD_SHARE : 0;
-	if (kmig_policy_fits(policy, dirty)) {
+	if (kmig_policy_fits(policy, look->dirty)) {
 		policy->why = "what is left fits the downtime";
 		return KMIG_PAUSE;
 	}
 	if (policy->rate <= 0)
 		return KMIG_GO_ON;
 
-	if (dirty < policy->best * PROGRESS) {
-		policy->best = dirty;
+	if (look->dirty < policy->best * PROGRESS) {
+		policy->best = look->dirty;
 		policy->stalled = 0;
 	} else if (++policy->stalled >= STALLED_ROUNDS && at_floor) {
 		return give_up(policy, "what is dirty has stopped shrinking, though the guest is slowed down as far as is allowed");
 	}
 	if (!policy->timed_out && (policy->rounds >= opts->max_rounds ||
-				   (opts->max_time_ms && elapsed_ns >= kmig_ms(opts->max_time_ms))))
+				   (opts->max_time_ms && look->elapsed_ns >= kmig_ms(opts->max_time_ms))))
 		decision = too_long(policy);
-	forecast(policy, dirty, held, elapsed_ns);
+	forecast(policy, look);
 	if (opts->can_stun && decision == KMIG_GO_ON)
 		slow_down(policy);
 	policy->predicted = policy->forecast.next_pages;

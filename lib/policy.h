@@ -53,12 +53,16 @@ void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts
 /* A round was acknowledged: its bytes, its whole duration, and of that the time spent sending. */
 void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_ns, uint64_t sending_ns);
 
-/*
- * So many pages are dirty, among them @held that wait for the blackout, @interval_ns after
- * the last round began and @elapsed_ns after the migration did.
- */
-enum kmig_decision kmig_policy_look(struct kmig_policy *policy, uint64_t dirty, uint64_t held,
-				    uint64_t interval_ns, uint64_t elapsed_ns);
+/* What is seen after a round. */
+struct kmig_look {
+	uint64_t dirty;		/* pages */
+	uint64_t held;		/* of them, held back until the blackout */
+	uint64_t interval_ns;	/* since the round began */
+	uint64_t elapsed_ns;	/* since the migration did */
+	bool stunned;		/* somebody had to wait for the ceiling meanwhile */
+};
+
+enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmig_look *look);
 
 /* Would the blackout with so many pages keep the downtime? */
 bool kmig_policy_fits(const struct kmig_policy *policy, uint64_t dirty);

@@ -66,6 +66,7 @@ struct kmig_source {
 	struct kmig_curve_point probe[KMIG_CURVE_POINTS];
 	unsigned int probed;			/* points of it */
 	bool stunned;				/* the tracker slows the guest down */
+	uint64_t stuns;				/* when last looked at */
 	bool paused, committed;
 	uint64_t paused_ns;
 	uint64_t lap_ns;			/* when the last part of the downtime ended */
@@ -752,11 +753,32 @@ static int carry_out(struct kmig_source *source)
 	return err;
 }
 
+/* Had somebody to wait since the last call? Who cannot tell is taken to have, under a ceiling. */
+static bool has_stunned(struct kmig_source *source)
+{
+	struct kmig_tracker_stats stats;
+	uint64_t before = source->stuns;
+
+	if (!source->stunned)
+		return false;
+	if (kmig_tracker_stats(source->tracker, &stats))
+		return true;
+	source->stuns = stats.stuns;
+	return source->stuns != before;
+}
+
 /* After each round, once. */
 static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision *decision)
 {
 	struct kmig_policy *policy = &source->policy;
-	uint64_t now = kmig_now_ns(), held = source->hot.held < dirty ? source->hot.held : dirty;
+	uint64_t now = kmig_now_ns();
+	struct kmig_look look = {
+		.dirty = dirty,
+		.held = source->hot.held < dirty ? source->hot.held : dirty,
+		.interval_ns = now - source->round_begin_ns,
+		.elapsed_ns = now - source->clock.start_ns,
+		.stunned = has_stunned(source),
+	};
 	double ceiling = policy->ceiling;
 	uint64_t chunks;
 	int err;
@@ -766,7 +788,7 @@ static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision
 	/* Nothing was digested yet: then nothing is known. */
 	if (policy->digest_ns == UINT64_MAX)
 		policy->digest_ns = 0;
-	*decision = kmig_policy_look(policy, dirty, held, now - source->round_begin_ns, now - source->clock.start_ns);
+	*decision = kmig_policy_look(policy, &look);
 	if (*decision == KMIG_GIVE_UP)
 		return kmig_fail(source->ctx, -ETIME, "%s: %.0f MiB are dirty, %.1f MB/s are sent; allow a longer downtime or more time, give it a faster link, or wait until the guest is less busy",
 				 policy->why, (double)dirty * source->report.page_size / 1048576, policy->rate / 1e6);

@@ -8,7 +8,7 @@
  *   overload	dirties at five times the link's rate; without stun, then with it, many runs
  *   zipf	a skewed writer, with pages held back and without
  *
- * -n RUNS: of overload, 20 unless given. -p: with the tracker pagemap; needs no VM, no module.
+ * -g MIB, -l MBIT: of the guest, of the link. -n RUNS: of overload, 20 unless given. -p: with the tracker pagemap; needs no VM, no module.
  *
  * It prints figures and, at the end of each, whether the bounds were kept.
  */
@@ -21,9 +21,8 @@
 
 #include "lib_pair.h"
 
-#define LINK_MBIT 400
-#define LINK_BYTES (LINK_MBIT * 125000.0 * 0.998)	/* a second; what TCP/IP headers leave */
-#define GUEST_BYTES (256ull * MIB)
+#define LINK_BYTES (link_mbit * 125000.0 * 0.998)	/* a second; what TCP/IP headers leave */
+#define GUEST_BYTES (guest_mib * MIB)
 #define GUEST_PAGES (GUEST_BYTES / PAGE_BYTES)
 #define TICK_US 1000
 #define ZIPF 0.99
@@ -31,19 +30,21 @@
 
 enum pattern { SWEEP, SKEWED };
 
+static unsigned int link_mbit = 400;
+static uint64_t guest_mib = 256;
 static bool pagemap;	/* a memfd, without the module: nobody can be stunned */
 
-/* The guest: a writer of so many pages a second, and a thread that only reads. */
+/* The guest: a writer of so many pages a second. */
 static struct load {
 	enum pattern pattern;
 	double rate;			/* writes a second */
 	uint64_t set;			/* pages it writes to */
 	uint8_t *ram;
 	_Atomic bool stop, paused, parked;
-	_Atomic uint64_t written, read;
+	_Atomic uint64_t written;
 	uint32_t *order;		/* page by rank */
 	double *share;			/* of the ranks up to this one */
-	pthread_t writer, reader;
+	pthread_t writer;
 } load;
 
 static double now(void)
@@ -110,24 +111,6 @@ static void *write_main(void *data)
 	return NULL;
 }
 
-static void *read_main(void *data)
-{
-	uint64_t state = 1181783497276652981ull;
-	volatile uint64_t sum = 0;
-
-	(void)data;
-	while (!load.stop) {
-		if (load.paused) {
-			usleep(TICK_US);
-			continue;
-		}
-		for (int i = 0; i < 64; i++)
-			sum += *(volatile uint64_t *)(load.ram + next_random(&state) % GUEST_PAGES * PAGE_BYTES);
-		load.read += 64;
-	}
-	return NULL;
-}
-
 static void load_prepare(enum pattern pattern, double rate, uint64_t set)
 {
 	uint64_t state = 2463534242;
@@ -152,23 +135,17 @@ static void load_prepare(enum pattern pattern, double rate, uint64_t set)
 		load.share[i] /= sum;
 }
 
-static void load_start(uint8_t *ram, bool reads)
+static void load_start(uint8_t *ram)
 {
 	load.ram = ram;
 	load.stop = load.paused = load.parked = false;
 	pthread_create(&load.writer, NULL, write_main, NULL);
-	if (reads)
-		pthread_create(&load.reader, NULL, read_main, NULL);
-	else
-		load.reader = 0;
 }
 
 static void load_end(void)
 {
 	load.stop = true;
 	pthread_join(load.writer, NULL);
-	if (load.reader)
-		pthread_join(load.reader, NULL);
 }
 
 /* ---- One migration ---- */
@@ -178,18 +155,12 @@ static struct {
 	unsigned int count;
 	struct kmig_forecast first;	/* made after the first pass */
 	double first_pass;		/* seconds since the migration began, at the end of it */
-	double read_rate, write_rate;	/* while memory was sent */
-	uint64_t read_begin, written_begin;
-	double begin;
 } trace;
 
 static int pause_load(void *data)
 {
 	struct side *side = data;
-	double took = now() - trace.begin;
 
-	trace.read_rate = (load.read - trace.read_begin) / took;
-	trace.write_rate = (load.written - trace.written_begin) / took;
 	load.paused = true;
 	while (!load.parked)
 		usleep(100);
@@ -216,18 +187,13 @@ static void note_round(const struct kmig_round_report *round, void *data)
 static void note_progress(const struct kmig_report *report, void *data)
 {
 	(void)data;
-	if (report->state == KMIG_STATE_FIRST_PASS && !trace.begin) {
-		trace.begin = now();
-		trace.read_begin = load.read;
-		trace.written_begin = load.written;
-	}
 	if (!trace.first.total_ns && report->forecast.total_ns) {
 		trace.first = report->forecast;
 		trace.first_pass = trace.rounds[0].duration_ns / 1e9;
 	}
 }
 
-static struct kmig_report move(const struct kmig_source_opts *given, bool reads, int *result)
+static struct kmig_report move(const struct kmig_source_opts *given, int *result)
 {
 	struct kmig_source_ops ops = {
 		.size = sizeof(ops),
@@ -256,7 +222,7 @@ static struct kmig_report move(const struct kmig_source_opts *given, bool reads,
 	source.is_source = true;
 	source.timeout_ms = destination.timeout_ms = 20000;
 	memset(&trace, 0, sizeof(trace));
-	load_start(ram, reads);
+	load_start(ram);
 	usleep(200000);
 	pthread_create(&thread, NULL, destination_main, &destination);
 	while (!world->port)
@@ -346,11 +312,11 @@ static bool quarter(void)
 	kmig_forecast(ctx, &ahead, &forecast);
 	kmig_ctx_free(ctx);
 
-	printf("== quarter: %.0f MiB (2048 in the original) at %d Mbit/s, rounds shrink by 4\n",
-	       GUEST_BYTES / (double)MIB, LINK_MBIT);
+	printf("== quarter: %.0f MiB (2048 in the original) at %u Mbit/s, rounds shrink by 4\n",
+	       GUEST_BYTES / (double)MIB, link_mbit);
 	load_prepare(SWEEP, curve.pages, GUEST_PAGES);
 	opts.no_hold_back = true;
-	report = move(&opts, false, &err);
+	report = move(&opts, &err);
 	print_rounds();
 	if (err)
 		return false;
@@ -364,33 +330,29 @@ static bool quarter(void)
 static bool overload(unsigned int runs)
 {
 	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
-	double reads_before, begin, worst = 0, off = 0, reads = 0;
-	uint64_t before;
+	double worst = 0, off = 0;
 	struct kmig_report report;
 	unsigned int kept = 0;
 	bool ok;
 	int err;
 
-	printf("== overload: dirties at 5 times the link's rate, %u MiB of %.0f, %d Mbit/s\n", 128, GUEST_BYTES / (double)MIB, LINK_MBIT);
-	load_prepare(SWEEP, 5 * LINK_BYTES / PAGE_BYTES, 128 * MIB / PAGE_BYTES);
+	printf("== overload: dirties at 5 times the link's rate, half of %.0f MiB, %u Mbit/s\n",
+	       GUEST_BYTES / (double)MIB, link_mbit);
+	load_prepare(SWEEP, 5 * LINK_BYTES / PAGE_BYTES, GUEST_PAGES / 2);
 	opts.no_stun = true;
 	opts.no_hold_back = true;
 	opts.on_timeout = KMIG_TIMEOUT_ABORT;
-	report = move(&opts, true, &err);
+	report = move(&opts, &err);
 	printf("without stun: %s after %u rounds, %.1f s\n", err ? "did not converge" : "converged", report.rounds,
 	       report.total_ns / 1e9);
 	ok = err == -ETIME && report.rounds == 30;
-	before = trace.read_rate;
-	(void)begin;
-	reads_before = before;
 	opts = (struct kmig_source_opts)KMIG_SOURCE_OPTS_INIT;
 	opts.no_hold_back = true;
-	printf("%4s %7s %9s %9s %9s %9s %9s %9s\n", "run", "rounds", "forecast", "total", "off", "downtime", "ceiling",
-	       "reads/s");
+	printf("%4s %7s %9s %9s %9s %9s %9s\n", "run", "rounds", "forecast", "total", "off", "downtime", "ceiling");
 	for (unsigned int i = 0; i < runs; i++) {
 		double total, forecast, ceiling = 0;
 
-		report = move(&opts, true, &err);
+		report = move(&opts, &err);
 		if (!i) {
 			print_rounds();
 			print_downtime(&report);
@@ -399,18 +361,17 @@ static bool overload(unsigned int runs)
 			ceiling = fmax(ceiling, trace.rounds[r].stun_pages_per_second);
 		total = (report.total_ns - report.setup_ns) / 1e9;
 		forecast = trace.first_pass + trace.first.total_ns / 1e9;
-		printf("%4u %7u %7.2f s %7.2f s %7.1f %% %6.1f ms %9.0f %9.0f\n", i + 1, report.rounds, forecast, total,
-		       fabs(total - forecast) / total * 100, report.downtime_ns / 1e6, ceiling, trace.read_rate);
+		printf("%4u %7u %7.2f s %7.2f s %7.1f %% %6.1f ms %9.0f\n", i + 1, report.rounds, forecast, total,
+		       fabs(total - forecast) / total * 100, report.downtime_ns / 1e6, ceiling);
 		fflush(stdout);
 		if (err)
 			continue;
 		kept += report.downtime_ns <= opts.downtime_ms * 1000000ull;
 		worst = fmax(worst, report.downtime_ns / 1e6);
 		off = fmax(off, fabs(total - forecast) / total);
-		reads += trace.read_rate / runs;
 	}
-	printf("downtime kept in %u of %u runs, longest %.1f ms of %u; forecast off by %.1f %% at most; reads %.2f of those without stun\n",
-	       kept, runs, worst, opts.downtime_ms, off * 100, reads / reads_before);
+	printf("downtime kept in %u of %u runs, longest %.1f ms of %u; forecast off by %.1f %% at most\n",
+	       kept, runs, worst, opts.downtime_ms, off * 100);
 	return ok && kept == runs && off <= LIMIT;
 }
 
@@ -420,17 +381,17 @@ static bool zipf(void)
 	struct kmig_report with, without;
 	int err;
 
-	printf("== zipf %.2f: writes over %.0f MiB, %d Mbit/s\n", ZIPF, GUEST_BYTES / (double)MIB, LINK_MBIT);
+	printf("== zipf %.2f: writes over %.0f MiB, %u Mbit/s\n", ZIPF, GUEST_BYTES / (double)MIB, link_mbit);
 	load_prepare(SKEWED, 3 * LINK_BYTES / PAGE_BYTES, GUEST_PAGES);
 	opts.no_hold_back = true;
-	without = move(&opts, false, &err);
+	without = move(&opts, &err);
 	print_rounds();
 	if (err)
 		return false;
 	printf("without holding back: %.1f MiB, %u rounds, downtime %.1f ms\n", without.transferred_bytes / (double)MIB,
 	       without.rounds, without.downtime_ns / 1e6);
 	opts.no_hold_back = false;
-	with = move(&opts, false, &err);
+	with = move(&opts, &err);
 	print_rounds();
 	if (err)
 		return false;
@@ -454,16 +415,20 @@ int main(int argc, char **argv)
 	char shape[128];
 	int opt;
 
-	while ((opt = getopt(argc, argv, "n:p")) != -1) {
+	while ((opt = getopt(argc, argv, "g:l:n:p")) != -1) {
 		if (opt == 'n')
 			runs = strtoul(optarg, NULL, 10);
+		else if (opt == 'g')
+			guest_mib = strtoul(optarg, NULL, 10);
+		else if (opt == 'l')
+			link_mbit = strtoul(optarg, NULL, 10);
 		else if (opt == 'p')
 			pagemap = true;
 		else
 			return 2;
 	}
-	snprintf(shape, sizeof(shape), "ip link set lo up && tc qdisc add dev lo root tbf rate %dmbit burst 256k latency 50ms",
-		 LINK_MBIT);
+	snprintf(shape, sizeof(shape), "ip link set lo up && tc qdisc add dev lo root tbf rate %umbit burst 256k latency 50ms",
+		 link_mbit);
 	if (unshare(CLONE_NEWNET) || system(shape)) {
 		perror("a network namespace with a shaped link");
 		return 1;

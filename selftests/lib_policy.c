@@ -83,6 +83,7 @@ static enum kmig_decision run(struct world *world, const struct kmig_policy_opts
 			      void (*change)(struct world *, uint32_t round))
 {
 	enum kmig_decision decision;
+	struct kmig_look look;
 	double begun;
 
 	kmig_policy_start(&world->policy, opts);
@@ -92,8 +93,13 @@ static enum kmig_decision run(struct world *world, const struct kmig_policy_opts
 		send_round(world);
 		if (change)
 			change(world, world->policy.rounds);
-		decision = kmig_policy_look(&world->policy, world->dirty, 0, (world->now - begun) * SECOND,
-					    world->now * SECOND);
+		look = (struct kmig_look){
+			.dirty = world->dirty,
+			.interval_ns = (world->now - begun) * SECOND,
+			.elapsed_ns = world->now * SECOND,
+			.stunned = world->ceiling > 0 && world->ceiling < world->writes,
+		};
+		decision = kmig_policy_look(&world->policy, &look);
 		if (decision != KMIG_GO_ON || world->policy.rounds > 1000)
 			return decision;
 		world->ceiling = world->policy.ceiling;
