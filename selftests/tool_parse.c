@@ -52,6 +52,150 @@ TEST(numbers)
 	failure_clear();
 }
 
+TEST(rates)
+{
+	static const struct { const char *text; double rate; } good[] = {
+		{ "0", 0 }, { "1000", 1000 }, { "10Gbit", 1.25e9 }, { "10Gbit/s", 1.25e9 }, { "10gbit", 1.25e9 },
+		{ "10Gbps", 1.25e9 }, { "10Gb/s", 1.25e9 }, { "10 Gbits/s", 1.25e9 }, { "2.5Gbit", 312.5e6 },
+		{ "400Mbit", 50e6 }, { "400mbit/s", 50e6 }, { "50MB/s", 50e6 }, { "50MBps", 50e6 },
+		{ "50Mbytes/s", 50e6 }, { "48MiB/s", 48 << 20 }, { "48M", 48 << 20 }, { "48M/s", 48 << 20 },
+		{ "48Mi", 48 << 20 }, { "1T", 1ull << 40 }, { "1Kibit", 128 }, { "100B/s", 100 },
+		{ "1000pages/s", 4096000 }, { "1kpages", 4096000 }, { "1page/s", 4096 },
+	};
+	static const char *const bad[] = {
+		"", "G", "-1M", "+1M", "1.2.3M", ".", "1e9", "0x10", "nan", "inf", "10Gbit/h", "10Xbit", "10G bit",
+		"10Gbitt", "10GBit/s/s", "10bps/s", "10 ", "1M\n", "10Gbps2",
+	};
+	double rate;
+	size_t i;
+
+	for (i = 0; i < sizeof(good) / sizeof(good[0]); i++) {
+		ASSERT_EQ(0, parse_rate("--bandwidth", good[i].text, &rate)) TH_LOG("%s", good[i].text);
+		EXPECT_TRUE(rate > good[i].rate * 0.999999 - 1e-9 && rate < good[i].rate * 1.000001 + 1e-9)
+			TH_LOG("%s: %f", good[i].text, rate);
+	}
+	for (i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		failure_clear();
+		EXPECT_EQ(-EINVAL, parse_rate("--bandwidth", bad[i], &rate)) TH_LOG("accepted '%s'", bad[i]);
+		EXPECT_EQ(0, strncmp(failure(), "--bandwidth: ", 13)) TH_LOG("%s", failure());
+	}
+	failure_clear();
+}
+
+static struct all_options {
+	bool flag, other;
+	const char *text;
+	int number;
+	uint32_t count;
+	double amount, share, rate;
+	uint64_t time_ms, size;
+	unsigned int choice;
+	struct endpoint to;
+} all;
+
+static const char *const actions[] = { "stun", "switchover", "abort", NULL };
+
+static const struct opt table[] = {
+	OPT_FLAG('f', "flag", &all.flag, "a flag"),
+	OPT_FLAG(0, "other", &all.other, "another"),
+	OPT_TEXT("text", "T", &all.text, "a text"),
+	OPT_INT("number", "N", &all.number, 0, 9, "a number"),
+	OPT_U32("count", "N", &all.count, 1, 60000, "a count"),
+	OPT_DOUBLE("amount", "X", &all.amount, 1, 1000, "an amount"),
+	OPT_PERCENT("share", "PERCENT", &all.share, 1, 99, "a share"),
+	OPT_SECONDS("time", "SECONDS", &all.time_ms, 1, 1000, "a time"),
+	OPT_SIZE("size", "SIZE", &all.size, "a size"),
+	OPT_RATE("rate", "RATE", &all.rate, "a rate"),
+	OPT_CHOICE("choice", "ACTION", &all.choice, actions, "a choice"),
+	OPT_ENDPOINT("to", "HOST", &all.to, "an address"),
+	OPT_END
+};
+
+static int parse_words(const char *line, int *operands)
+{
+	static char text[256];
+	char *argv[32] = { "kmig" };
+	int argc = 1, ret;
+
+	all = (struct all_options){ 0 };
+	failure_clear();
+	snprintf(text, sizeof(text), "%s", line);
+	for (char *word = strtok(text, " "); word; word = strtok(NULL, " "))
+		argv[argc++] = word;
+	ret = options_parse(table, argc, argv);
+	*operands = argc - optind;
+	return ret;
+}
+
+TEST(options)
+{
+	static const struct { const char *line, *message; } bad[] = {
+		{ "--number 10", "--number must be a number from 0 to 9, not '10'" },
+		{ "--count 0", "--count must be a number from 1 to 60000, not '0'" },
+		{ "--count=1e3", "--count must be a number from 1 to 60000, not '1e3'" },
+		{ "--amount 0.5", "--amount must be a number from 1 to 1000, not '0.5'" },
+		{ "--share 100", "--share must be a number from 1 to 99, not '100'" },
+		{ "--time 5s", "--time must be a number from 1 to 1000, not '5s'" },
+		{ "--time -5", "--time must be a number from 1 to 1000, not '-5'" },
+		{ "--choice pause", "--choice must be stun, switchover or abort, not 'pause'" },
+		{ "--to a:b", "port must be a number from 0 to 65535, not 'b'" },
+	};
+	int operands;
+	size_t i;
+
+	ASSERT_EQ(0, parse_words("-f --text=x --number 9 --count 60000 --amount 2.5 --share 50 --time 1.5 --size 4K "
+				 "--rate 8bit --choice abort --to [::1]:7 -- --other y", &operands)) TH_LOG("%s", failure());
+	EXPECT_TRUE(all.flag);
+	EXPECT_FALSE(all.other);
+	EXPECT_STREQ("x", all.text);
+	EXPECT_EQ(9, all.number);
+	EXPECT_EQ(60000, all.count);
+	EXPECT_EQ(2.5, all.amount);
+	EXPECT_EQ(0.5, all.share);
+	EXPECT_EQ(1500, all.time_ms);
+	EXPECT_EQ(4096, all.size);
+	EXPECT_EQ(1, all.rate);
+	EXPECT_EQ(2, all.choice);
+	EXPECT_STREQ("::1", all.to.host);
+	EXPECT_EQ(7, all.to.port);
+	EXPECT_EQ(2, operands);
+
+	/* An absent port is the usual one, also after one was given. */
+	ASSERT_EQ(0, parse_words("--to a:1 --to b x --flag", &operands));
+	EXPECT_STREQ("b", all.to.host);
+	EXPECT_EQ(KMIG_PORT, all.to.port);
+	EXPECT_FALSE(all.flag);
+	EXPECT_EQ(2, operands);
+
+	EXPECT_EQ(OPTIONS_HELP, parse_words("-f -h", &operands));
+	EXPECT_EQ(OPTIONS_HELP, parse_words("--help", &operands));
+	EXPECT_EQ(OPTIONS_BAD, parse_words("--none", &operands));
+	EXPECT_EQ(OPTIONS_BAD, parse_words("--text", &operands));
+	EXPECT_EQ(OPTIONS_BAD, parse_words("--flag=1", &operands));
+	EXPECT_EQ(OPTIONS_BAD, parse_words("-x", &operands));
+	for (i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		EXPECT_EQ(-EINVAL, parse_words(bad[i].line, &operands)) TH_LOG("accepted %s", bad[i].line);
+		EXPECT_STREQ(bad[i].message, failure());
+	}
+	failure_clear();
+}
+
+TEST(help)
+{
+	static const char want[] =
+		"  -f, --flag       a flag\n"
+		"  --other          another\n"
+		"  --text T         a text\n";
+	char *text = NULL;
+	size_t length;
+	FILE *file = open_memstream(&text, &length);
+
+	options_help(table, file);
+	fclose(file);
+	EXPECT_EQ(0, strncmp(text, want, strlen(want))) TH_LOG("%s", text);
+	free(text);
+}
+
 TEST(addresses)
 {
 	static const struct { const char *text, *host; uint16_t port; } good[] = {
@@ -218,6 +362,166 @@ TEST(output)
 	ASSERT_TRUE(json_object_object_get_ex(root, "yes", &value));
 	EXPECT_TRUE(json_object_get_boolean(value));
 	json_object_put(root);
+}
+
+static double number_at(struct json_object *root, const char *first, const char *second)
+{
+	struct json_object *value = root;
+
+	if (!json_object_object_get_ex(value, first, &value) ||
+	    (second && !json_object_object_get_ex(value, second, &value)))
+		return -1;
+	return json_object_get_double(value);
+}
+
+/* One that was stunned, held pages back, and was forecast. */
+static struct kmig_round_report round_reports[] = {
+	{ .round = 1, .dirty_pages = 1000, .data_pages = 1000, .bytes = 4096000, .duration_ns = 1000000000 },
+	{ .round = 2, .dirty_pages = 500, .data_pages = 500, .bytes = 2048000, .duration_ns = 500000000,
+	  .held_pages = 40, .stun_pages_per_second = 600, .forecast_error = 0.125 },
+	{ .round = 3, .dirty_pages = 90, .data_pages = 90, .bytes = 368640, .duration_ns = 90000000 },
+};
+
+static void tell(struct account *a)
+{
+	struct kmig_report r = {
+		.size = sizeof(r), .verdict = KMIG_COMPLETED, .state = KMIG_STATE_CLEANUP,
+		.total_ns = 2100000000, .downtime_ns = 28000000, .page_size = 4096, .ram_bytes = 4096000,
+		.state_ns = { [KMIG_STATE_FIRST_PASS] = 100000000, [KMIG_STATE_BLACKOUT] = 1600000000,
+			      [KMIG_STATE_CLEANUP] = 2000000000 },
+		.downtime = { 1000000, 2000000, 3000000, 4000000, 5000000, 6000000, 7000000 },
+		.guest = { .write_faults = 590, .fault_ns = 3000000, .stuns = 30, .stun_ns = 450000000,
+			   .stun_max_ns = 20000000, .threads = 1, .thread = { { 77, 30, 300000000 } } },
+		.decision = "what is left fits the downtime",
+	};
+	struct kmig_report now = { .total_ns = 1100000000, .state = KMIG_STATE_FIRST_PASS };
+
+	a->source = true;
+	a->report = now;
+	account_progress(a, &now);
+	account_round(a, &round_reports[0]);
+	now.state = KMIG_STATE_ITERATION;
+	now.total_ns = 1600000000;
+	now.forecast = (struct kmig_forecast){ .converges = true, .rounds = 2, .bytes = 2500000, .total_ns = 800000000,
+					       .downtime_ns = 30000000, .stun_pages_per_second = 600 };
+	a->report = now;
+	account_progress(a, &now);
+	account_round(a, &round_reports[1]);
+	now.state = KMIG_STATE_BLACKOUT;
+	now.forecast.rounds = 9;	/* a later one, which is not shown */
+	a->report = now;
+	account_progress(a, &now);
+	account_round(a, &round_reports[2]);
+	a->report = r;
+}
+
+static struct json_object *put(const struct account *a, char **text)
+{
+	struct json_object *root;
+	size_t length;
+	FILE *file = open_memstream(text, &length);
+	struct out *o = out_new(file);
+
+	report_put(o, a, "");
+	root = json_object_get(out_json(o));
+	out_free(o);
+	fclose(file);
+	return root;
+}
+
+TEST(report)
+{
+	static const char *const parts[] = {
+		"pause", "device-state-out", "memory", "digests", "device-state-in", "commit", "resume",
+	};
+	static const char *const said[] = {
+		"    HELD CEILING  ERROR\n", "     40      600    12%\n",
+		"downtime in ms: pause 1.0, device state out 2.0, memory 3.0, digests 4.0, device state in 5.0, commit 6.0, resume 7.0\n",
+		"pre-copy ended: what is left fits the downtime\n",
+		"expected after round 1: 2 rounds, 2.4 MiB, 800 ms, downtime 30 ms, stunned to 600 pages/s\n",
+		"and came:               1 rounds, 2.3 MiB, 900 ms, downtime 28 ms\n",
+		"590 write faults, 3.0 ms in them; 30 stuns, 450 ms, the longest 20.0 ms\n",
+		"  thread 77: 30 stuns, 300 ms, 20 % of the time until the blackout\n",
+	};
+	struct account a = { 0 };
+	struct json_object *root;
+	double sum = 0;
+	char *text;
+	size_t i;
+
+	tell(&a);
+	root = put(&a, &text);
+	for (i = 0; i < sizeof(said) / sizeof(said[0]); i++)
+		EXPECT_NE(NULL, strstr(text, said[i])) TH_LOG("line %zu is not said, but:\n%s", i, text);
+	for (i = 0; i < sizeof(parts) / sizeof(parts[0]); i++)
+		sum += number_at(root, "downtime-parts", parts[i]);
+	EXPECT_EQ(number_at(root, "downtime", NULL), sum);
+	EXPECT_EQ(2, number_at(root, "forecast", "dirty-sync-count"));
+	EXPECT_EQ(20, number_at(root, "guest", "cpu-throttle-percentage"));
+	json_object_put(root);
+	free(text);
+	account_free(&a);
+}
+
+/* What was not used, or cannot be known, is not told. */
+TEST(report_leaves_out)
+{
+	static const char *const unsaid[] = {
+		"HELD", "CEILING", "ERROR", "expected", "guest", "Mbit", "copied", "ROUND", "downtime in",
+	};
+	struct account a = { .report = { .verdict = KMIG_COMPLETED, .data_pages = 7, .copied_bytes = 7 << 12 } };
+	struct json_object *root;
+	char *text;
+	size_t i;
+
+	root = put(&a, &text);
+	for (i = 0; i < sizeof(unsaid) / sizeof(unsaid[0]); i++)
+		EXPECT_EQ(NULL, strstr(text, unsaid[i])) TH_LOG("word %zu is said:\n%s", i, text);
+	EXPECT_EQ(-1, number_at(root, "rounds", NULL));
+	EXPECT_EQ(-1, number_at(root, "ram", "mbps"));
+	EXPECT_EQ(-1, number_at(root, "forecast", NULL));
+	EXPECT_EQ(7, number_at(root, "ram", "normal"));
+	json_object_put(root);
+	free(text);
+}
+
+TEST(progress_fits_the_line)
+{
+	struct kmig_report r = {
+		.state = KMIG_STATE_ITERATION, .rounds = 12, .page_size = 4096, .remaining_bytes = 1023ull << 20,
+		.bytes_per_second = 118e6, .dirty_pages_per_second = 54443, .stun_pages_per_second = 14404,
+		.eta_ns = 12000000000, .forecast.downtime_ns = 280000000,
+	};
+	char text[PROGRESS_MAX];
+	unsigned int columns;
+
+	progress_text(&r, true, 80, text);
+	EXPECT_STREQ("round 12, 1023.0 MiB left, 118 MB/s, dirty 223, max 59, ETA 12 s", text);
+	progress_text(&r, true, 100, text);
+	EXPECT_STREQ("round 12, 1023.0 MiB left, 118 MB/s, dirty 223, max 59, ETA 12 s, downtime 280 ms", text);
+	r.rounds = 3;
+	r.remaining_bytes = 1 << 20;
+	r.stun_pages_per_second = 0;
+	progress_text(&r, true, 80, text);
+	EXPECT_STREQ("round 3, 1.0 MiB left, 118 MB/s, dirty 223, ETA 12 s, downtime 280 ms", text);
+	for (columns = 0; columns < 300; columns++) {
+		progress_text(&r, true, columns, text);
+		EXPECT_TRUE(strlen(text) < columns || !*text) TH_LOG("%u columns: %s", columns, text);
+	}
+	/* No rate has been measured yet in the first pass: so far it was 30 MB/s, in 2 s of 6. */
+	r = (struct kmig_report){
+		.state = KMIG_STATE_FIRST_PASS, .rounds = 1, .page_size = 4096, .remaining_bytes = 64 << 20,
+		.total_ns = 2500000000, .state_ns[KMIG_STATE_FIRST_PASS] = 500000000, .transferred_bytes = 60000000,
+		.data_pages = 4 << 10, .zero_pages = 4 << 10,
+	};
+	progress_text(&r, true, 80, text);
+	EXPECT_STREQ("first pass, 64.0 MiB left, 30 MB/s, done in 4.0 s", text);
+	r = (struct kmig_report){ .state = KMIG_STATE_FIRST_PASS };
+	progress_text(&r, true, 80, text);
+	EXPECT_STREQ("first pass", text);
+	r = (struct kmig_report){ .state = KMIG_STATE_ITERATION, .rounds = 2, .transferred_bytes = 64 << 20 };
+	progress_text(&r, false, 80, text);
+	EXPECT_STREQ("round 2, 64.0 MiB received", text);
 }
 
 TEST_HARNESS_MAIN

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /* kmig OBJECT VERB: tables of what there is, and help at each level. */
-#include <errno.h>
 #include <stdarg.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tool.h"
 
@@ -13,18 +13,22 @@ struct object {
 	const struct verb *only;	/* the object is its own verb */
 };
 
-static int version(const struct verb *verb, int argc, char **argv)
+static int version(const struct verb *verb, char **operands)
 {
-	if (argc > 1 && (!strcmp(argv[1], "-h") || !strcmp(argv[1], "--help")))
-		return usage_help(verb);
-	if (argc > 1)
-		return usage_error(verb, "unexpected argument '%s'", argv[1]);
+	(void)verb;
+	(void)operands;
 	printf("kmig %s\n", kmig_version());
 	return EXIT_DONE;
 }
 
+static const struct opt no_options[] = { OPT_END };
+
 const struct verb version_verb = {
-	"version", "", "the version of kmig", NULL, version,
+	.name = "version",
+	.arguments = "",
+	.help = "the version of kmig",
+	.options = no_options,
+	.run = version,
 };
 
 static const struct verb *const region_list[] = { &region_list_verb, &region_show_verb, NULL };
@@ -59,20 +63,39 @@ int usage_error(const struct verb *verb, const char *fmt, ...)
 	return EXIT_USAGE;
 }
 
-/* getopt_long() has said what was wrong. */
-int usage_bad(const struct verb *verb)
-{
-	print_usage(stderr, verb);
-	return EXIT_USAGE;
-}
-
-int usage_help(const struct verb *verb)
+static int help_verb(const struct verb *verb)
 {
 	print_usage(stdout, verb);
 	printf("\n%s\n", verb->help);
-	if (verb->options)
-		printf("\n%s", verb->options);
+	if (verb->options->name) {
+		putchar('\n');
+		options_help(verb->options, stdout);
+	}
+	if (verb->notes)
+		printf("\n%s", verb->notes);
 	return EXIT_DONE;
+}
+
+static int run_verb_with(const struct verb *verb, int argc, char **argv)
+{
+	static char name[] = "kmig";
+
+	/* It begins getopt's messages. */
+	argv[0] = name;
+	switch (options_parse(verb->options, argc, argv)) {
+	case 0:
+		break;
+	case OPTIONS_HELP:
+		return help_verb(verb);
+	case OPTIONS_BAD:
+		print_usage(stderr, verb);
+		return EXIT_USAGE;
+	default:
+		return usage_error(verb, "%s", failure());
+	}
+	if (!verb->operands && optind != argc)
+		return usage_error(verb, "unexpected argument '%s'", argv[optind]);
+	return verb->run(verb, argv + optind);
 }
 
 static int help_all(FILE *file)
@@ -107,14 +130,14 @@ static int run_object(const struct object *o, int argc, char **argv)
 
 	current = o;
 	if (o->only)
-		return o->only->run(o->only, argc, argv);
+		return run_verb_with(o->only, argc, argv);
 	if (argc < 2)
 		return help_object(stderr, o);
 	if (is_help(argv[1]))
 		return help_object(stdout, o);
 	for (v = o->verbs; *v; v++)
 		if (!strcmp((*v)->name, argv[1]))
-			return (*v)->run(*v, argc - 1, argv + 1);
+			return run_verb_with(*v, argc - 1, argv + 1);
 	fprintf(stderr, "kmig: '%s' is no verb of %s\n", argv[1], o->name);
 	return help_object(stderr, o);
 }

@@ -6,12 +6,9 @@
  * moves QEMU, and what is told to the user.
  */
 #include <errno.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <json-c/json.h>
@@ -31,8 +28,8 @@ struct footprint {
 
 struct migration {
 	struct kmig_source_opts opts;
-	const char *qmp, *report_path;
-	char host[HOST_MAX];
+	struct endpoint to;
+	const char *qmp, *secret_path, *report_path;
 	char secret[SECRET_MAX];
 	bool json, verbose;
 
@@ -41,8 +38,7 @@ struct migration {
 	struct kmig_ctx *ctx;
 	struct kmig_region *region;
 	struct kmig_source *source;
-	struct kmig_report report;
-	struct rounds rounds;
+	struct account account;
 	struct progress progress;
 	struct footprint *footprint;
 	bool lost;		/* QEMU does not answer any more */
@@ -90,6 +86,7 @@ static void progress(const struct kmig_report *report, void *data)
 	struct migration *m = data;
 
 	m->footprint->state = report->state;
+	account_progress(&m->account, report);
 	progress_update(&m->progress, report);
 }
 
@@ -97,7 +94,10 @@ static void round_done(const struct kmig_round_report *round, void *data)
 {
 	struct migration *m = data;
 
-	rounds_add(&m->rounds, round);
+	/* The next forecast may come before the next call of progress(). */
+	kmig_source_report(m->source, &m->account.report);
+	account_progress(&m->account, &m->account.report);
+	account_round(&m->account, round);
 	progress_round(&m->progress, round);
 }
 
@@ -120,31 +120,6 @@ static void abort_active(void)
 	kmig_source_abort(active);
 }
 
-static int find_region(struct migration *m)
-{
-	pid_t pid = qmp_peer(m->vmm.qmp);
-	uint64_t bytes;
-	int fd, ret;
-
-	if (pid <= 0)
-		return fail(ESRCH, "%s: QEMU's process cannot be told (it is in another PID namespace)", m->qmp);
-	m->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-	if (m->pidfd < 0)
-		return fail(errno, "QEMU (process %d): %s", pid, strerror(errno));
-	ret = vmm_check_memory(&m->vmm, pid, &fd, &bytes);
-	if (ret)
-		return ret;
-	ret = kmig_region_find(m->ctx, pid, fd, &m->region);
-	if (ret == -ENOENT)
-		return fail(ENOENT, "QEMU (process %d) holds no lmtrack region: start it with 'kmig qemu run'", pid);
-	if (ret)
-		return fail(-ret, "%s", kmig_ctx_error(m->ctx));
-	if (kmig_region_bytes(m->region) != bytes)
-		return fail(EINVAL, "QEMU's memory has %" PRIu64 " bytes, its lmtrack region %" PRIu64,
-			    bytes, kmig_region_bytes(m->region));
-	return 0;
-}
-
 static int prepare(struct migration *m)
 {
 	int ret = open_context(&m->ctx, m->verbose);
@@ -154,7 +129,7 @@ static int prepare(struct migration *m)
 	if (!ret)
 		ret = vmm_check_source(&m->vmm);
 	if (!ret)
-		ret = find_region(m);
+		ret = find_region(&m->vmm, m->ctx, m->qmp, &m->region, &m->pidfd);
 	if (ret)
 		return ret;
 	m->footprint->set_up = true;
@@ -173,10 +148,12 @@ static int run_engine(struct migration *m)
 		return fail(-ret, "%s", kmig_ctx_error(m->ctx));
 	active = m->source;
 	on_interrupt(abort_active);
+	if (m->opts.probe_ms)
+		progress_say(&m->progress, "the guest is watched");
 	ret = kmig_source_run(m->source);
 	on_interrupt(NULL);
-	progress_end(&m->progress);
-	kmig_source_report(m->source, &m->report);
+	status_line(NULL);
+	kmig_source_report(m->source, &m->account.report);
 	if (ret)
 		fail(-ret, "%s", kmig_ctx_error(m->ctx));
 	return ret;
@@ -196,7 +173,7 @@ static void wait_for_quit(struct migration *m)
 
 static int tell_outcome(struct migration *m)
 {
-	switch (m->report.verdict) {
+	switch (m->account.report.verdict) {
 	case KMIG_COMPLETED:
 		return EXIT_DONE;
 	case KMIG_UNKNOWN:
@@ -233,7 +210,7 @@ static void tear_down(struct migration *m)
 	vmm_close(&m->vmm);
 	if (m->pidfd >= 0)
 		close(m->pidfd);
-	free(m->rounds.table);
+	account_free(&m->account);
 }
 
 static int work(void *data)
@@ -242,21 +219,21 @@ static int work(void *data)
 	bool tell = m->json || m->report_path;
 	int ret, code;
 
-	m->report.verdict = KMIG_FAILED;
-	progress_init(&m->progress, m->verbose);
+	m->account.report.verdict = KMIG_FAILED;
+	progress_init(&m->progress, true, m->verbose);
 	ret = prepare(m);
 	if (!ret) {
 		ret = run_engine(m);
 		/* A table of nothing tells nothing. */
-		tell |= m->report.state_ns[KMIG_STATE_CAPACITY] > 0;
+		tell |= m->account.report.state_ns[KMIG_STATE_CAPACITY] > 0;
 	}
-	if (m->report.verdict == KMIG_COMPLETED)
+	if (m->account.report.verdict == KMIG_COMPLETED)
 		wait_for_quit(m);
 	else if (m->vmm.qmp && vmm_restore(&m->vmm))
-		m->lost = m->report.verdict != KMIG_UNKNOWN;
+		m->lost = m->account.report.verdict != KMIG_UNKNOWN;
 	code = tell_outcome(m);
 	/* An error after the guest has moved has been told, and is none of the migration. */
-	if (tell && report_finish(&m->report, &m->rounds, ret ? failure() : "", m->json, m->report_path)) {
+	if (tell && report_finish(&m->account, ret ? failure() : "", m->json, m->report_path)) {
 		failure_clear();
 		say("the report could not be written to %s", m->report_path);
 		if (code == EXIT_DONE)
@@ -313,105 +290,68 @@ static int died(void *data)
 
 /* ---- options ------------------------------------------------------------------------------------ */
 
-static const struct option options[] = {
-	{ "qmp", required_argument, NULL, 'q' },
-	{ "to", required_argument, NULL, 't' },
-	{ "secret", required_argument, NULL, 's' },
-	{ "channels", required_argument, NULL, 'c' },
-	{ "downtime", required_argument, NULL, 'd' },
-	{ "max-rounds", required_argument, NULL, 'r' },
-	{ "no-zero-detection", no_argument, NULL, 'z' },
-	{ "report", required_argument, NULL, 'R' },
-	{ "json", no_argument, NULL, 'j' },
-	{ "verbose", no_argument, NULL, 'v' },
-	{ "help", no_argument, NULL, 'h' },
-	{ NULL, 0, NULL, 0 },
+static const char *const on_timeout[] = {
+	[KMIG_TIMEOUT_STUN] = "stun",
+	[KMIG_TIMEOUT_SWITCHOVER] = "switchover",
+	[KMIG_TIMEOUT_ABORT] = "abort",
+	NULL
 };
 
-/* Returns 0, a negative errno, or 1 for --help and 2 for what getopt has complained about. */
-static int parse(struct migration *m, int argc, char **argv, const char **secret)
+static struct migration asked = {
+	.opts = KMIG_SOURCE_OPTS_INIT,
+	.opts.probe_ms = 500,
+	.to = { .port = KMIG_PORT },
+	.vmm = VMM_INIT,
+	.pidfd = -1,
+	.account = { .source = true, .report = { .size = sizeof(asked.account.report), .page_size = 4096 } },
+};
+
+static const struct opt options[] = {
+	OPT_TEXT("qmp", "PATH", &asked.qmp, "QEMU's QMP socket"),
+	OPT_ENDPOINT("to", "HOST[:PORT]", &asked.to, "where 'kmig receive' listens; IPv6 as [ADDRESS]:PORT"),
+	OPT_TEXT("secret", "FILE", &asked.secret_path,
+		 "what both sides know, at least 16 bytes, readable by the owner only"),
+	OPT_U32("channels", "N", &asked.opts.channels, 1, 64, "data connections, 1 to 64 (2)"),
+	OPT_U32("downtime", "MS", &asked.opts.downtime_ms, 1, 60000,
+		"pause the guest once the rest is expected to take no longer (300)"),
+	OPT_SECONDS("max-time", "SECONDS", &asked.opts.max_time_ms, 1, 1000000,
+		    "to be ready for that in so long (no limit)"),
+	OPT_U32("max-rounds", "N", &asked.opts.max_rounds, 1, 10000, "and in so many rounds (30)"),
+	OPT_CHOICE("on-timeout", "ACTION", &asked.opts.on_timeout, on_timeout,
+		   "when it is not: stun, switchover or abort (stun)"),
+	OPT_PERCENT("convergence", "PERCENT", &asked.opts.convergence, 1, 99,
+		    "a guest that is slowed down dirties so much of what is sent (50)"),
+	OPT_DOUBLE("stun-floor", "PAGES/s", &asked.opts.stun_floor, 1, 1000000000,
+		   "that it may always dirty (256)"),
+	OPT_FLAG(0, "no-stun", &asked.opts.no_stun, "do not slow the guest down"),
+	OPT_FLAG(0, "no-hold-back", &asked.opts.no_hold_back,
+		 "send pages that are always dirty again and again, not only at the end"),
+	OPT_U32("probe", "MS", &asked.opts.probe_ms, 0, 60000,
+		"watch the guest for so long before anything is sent (500); 0: do not"),
+	OPT_FLAG(0, "no-zero-detection", &asked.opts.no_zero_detection, "do not look for pages that hold only zeroes"),
+	OPT_TEXT("report", "FILE", &asked.report_path, "write the report to FILE as JSON"),
+	OPT_FLAG('j', "json", &asked.json, "print the report as JSON"),
+	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state and round"),
+	OPT_END
+};
+
+static int migrate_main(const struct verb *verb, char **operands)
 {
-	uint64_t n;
-	int c, ret = 0;
+	const struct supervised job = { .work = work, .died = died, .data = &asked };
+	struct migration *m = &asked;
 
-	while (!ret && (c = getopt_long(argc, argv, "+jvh", options, NULL)) != -1) {
-		switch (c) {
-		case 'q':
-			m->qmp = optarg;
-			break;
-		case 't':
-			m->opts.port = KMIG_PORT;
-			ret = parse_address(optarg, m->host, &m->opts.port);
-			break;
-		case 's':
-			*secret = optarg;
-			break;
-		case 'c':
-			ret = parse_number("--channels", optarg, 1, 64, &n);
-			if (!ret)
-				m->opts.channels = (unsigned int)n;
-			break;
-		case 'd':
-			ret = parse_number("--downtime", optarg, 1, 60000, &n);
-			if (!ret)
-				m->opts.downtime_ms = (uint32_t)n;
-			break;
-		case 'r':
-			ret = parse_number("--max-rounds", optarg, 1, 10000, &n);
-			if (!ret)
-				m->opts.max_rounds = (uint32_t)n;
-			break;
-		case 'z':
-			m->opts.no_zero_detection = true;
-			break;
-		case 'R':
-			m->report_path = optarg;
-			break;
-		case 'j':
-			m->json = true;
-			break;
-		case 'v':
-			m->verbose = true;
-			break;
-		case 'h':
-			return 1;
-		default:
-			return 2;
-		}
-	}
-	return ret;
-}
-
-static int migrate_main(const struct verb *verb, int argc, char **argv)
-{
-	static struct migration m = {
-		.opts = KMIG_SOURCE_OPTS_INIT,
-		.vmm = VMM_INIT,
-		.pidfd = -1,
-		.report = { .size = sizeof(m.report), .page_size = 4096 },
-	};
-	const struct supervised job = { .work = work, .died = died, .data = &m };
-	const char *secret = NULL;
-	int ret = parse(&m, argc, argv, &secret);
-
-	if (ret == 1)
-		return usage_help(verb);
-	if (ret == 2)
-		return usage_bad(verb);
-	if (ret)
-		return usage_error(verb, "%s", failure());
-	if (optind != argc)
-		return usage_error(verb, "unexpected argument '%s'", argv[optind]);
-	if (!m.qmp || !m.host[0] || !secret)
+	(void)operands;
+	if (!m->qmp || !m->to.host[0] || !m->secret_path)
 		return usage_error(verb, "--qmp, --to and --secret are needed");
-	if (!m.opts.port)
+	if (!m->to.port)
 		return usage_error(verb, "--to: port 0 is none");
-	if (read_secret(secret, m.secret, &m.opts.secret_len))
+	if (read_secret(m->secret_path, m->secret, &m->opts.secret_len))
 		return print_failure(EXIT_FAILED);
-	m.opts.host = m.host;
-	m.opts.secret = m.secret;
-	m.footprint = shared_alloc(sizeof(*m.footprint));
-	if (!m.footprint) {
+	m->opts.host = m->to.host;
+	m->opts.port = m->to.port;
+	m->opts.secret = m->secret;
+	m->footprint = shared_alloc(sizeof(*m->footprint));
+	if (!m->footprint) {
 		fail(ENOMEM, "no memory");
 		return print_failure(EXIT_FAILED);
 	}
@@ -419,20 +359,11 @@ static int migrate_main(const struct verb *verb, int argc, char **argv)
 }
 
 const struct verb migrate_verb = {
-	"migrate", "--qmp PATH --to HOST[:PORT] --secret FILE [--channels N] [--downtime MS] [--max-rounds N] [--no-zero-detection] [--report FILE] [-j] [-v]",
-	"move the guest of a running QEMU to another host",
-	"  --qmp PATH           QEMU's QMP socket\n"
-	"  --to HOST[:PORT]     where 'kmig receive' listens; IPv6 as [ADDRESS]:PORT\n"
-	"  --secret FILE        what both sides know, at least 16 bytes, readable by the owner only\n"
-	"  --channels N         data connections, 1 to 64 (2)\n"
-	"  --downtime MS        pause the guest once the rest is expected to take no longer (300)\n"
-	"  --max-rounds N       pause it after so many rounds at the latest (30)\n"
-	"  --no-zero-detection  do not look for pages that hold only zeroes\n"
-	"  --report FILE        write the report to FILE as JSON\n"
-	"  -j, --json           print the report as JSON\n"
-	"  -v, --verbose        tell of each state and round\n"
-	"\n"
-	"Exit status: 0 moved; 1 failed, the guest runs on here; 2 usage; 3 the guest is paused\n"
-	"here and may run there; 130 interrupted, the guest runs on here.\n",
-	migrate_main,
+	.name = "migrate",
+	.arguments = "--qmp PATH --to HOST[:PORT] --secret FILE [options]",
+	.help = "move the guest of a running QEMU to another host",
+	.options = options,
+	.notes = "Exit status: 0 moved; 1 failed, the guest runs on here; 2 usage; 3 the guest is paused\n"
+		"here and may run there; 130 interrupted, the guest runs on here.\n",
+	.run = migrate_main,
 };

@@ -8,7 +8,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,8 +28,8 @@ struct footprint {
 struct reception {
 	struct kmig_destination_opts opts;
 	struct qemu_start start;
-	const char *report_path;
-	char host[HOST_MAX];
+	struct endpoint listen;
+	const char *secret_path, *report_path;
 	char secret[SECRET_MAX];
 	bool json, verbose;
 
@@ -38,7 +37,7 @@ struct reception {
 	struct kmig_ctx *ctx;
 	struct kmig_region *region;
 	struct kmig_destination *destination;
-	struct kmig_report report;
+	struct account account;
 	struct progress progress;
 	struct footprint *footprint;
 };
@@ -275,11 +274,11 @@ static int run_engine(struct reception *r)
 	ret = check_alive(r);
 	if (!ret) {
 		ret = kmig_destination_run(r->destination);
-		kmig_destination_report(r->destination, &r->report);
+		kmig_destination_report(r->destination, &r->account.report);
 	}
 	on_interrupt(NULL);
 	signal(SIGCHLD, SIG_DFL);
-	progress_end(&r->progress);
+	status_line(NULL);
 	if (ret && !r->footprint->committed)
 		check_alive(r);
 	if (ret)
@@ -289,7 +288,7 @@ static int run_engine(struct reception *r)
 
 static int tell_outcome(struct reception *r)
 {
-	if (r->report.verdict == KMIG_COMPLETED)
+	if (r->account.report.verdict == KMIG_COMPLETED)
 		return EXIT_DONE;
 	if (r->footprint->committed) {
 		say("the source has committed, but: %s", failure());
@@ -312,8 +311,8 @@ static int work(void *data)
 	bool tell = r->json || r->report_path;
 	int ret, code;
 
-	r->report.verdict = KMIG_FAILED;
-	progress_init(&r->progress, r->verbose);
+	r->account.report.verdict = KMIG_FAILED;
+	progress_init(&r->progress, false, r->verbose);
 	ret = open_context(&r->ctx, r->verbose);
 	if (!ret)
 		ret = create_region(r);
@@ -324,14 +323,14 @@ static int work(void *data)
 	if (!ret) {
 		ret = run_engine(r);
 		/* A table of nothing tells nothing. */
-		tell |= r->report.state_ns[KMIG_STATE_CAPACITY] > 0;
+		tell |= r->account.report.state_ns[KMIG_STATE_CAPACITY] > 0;
 	}
 	code = tell_outcome(r);
 	if (code == EXIT_DONE)
 		vmm_restore(&r->vmm);
 	if (!r->footprint->committed)
 		end_qemu(&r->footprint->qemu);
-	if (tell && report_finish(&r->report, &(struct rounds){ 0 }, ret ? failure() : "", r->json, r->report_path))
+	if (tell && report_finish(&r->account, ret ? failure() : "", r->json, r->report_path))
 		say("the report could not be written to %s", r->report_path);
 	kmig_destination_free(r->destination);
 	kmig_region_free(r->region);
@@ -357,89 +356,45 @@ static int died(void *data)
 
 /* ---- options -------------------------------------------------------------------------------------- */
 
-static const struct option options[] = {
-	{ "listen", required_argument, NULL, 'l' },
-	{ "secret", required_argument, NULL, 's' },
-	{ "memory", required_argument, NULL, 'm' },
-	{ "qmp", required_argument, NULL, 'q' },
-	{ "name", required_argument, NULL, 'n' },
-	{ "report", required_argument, NULL, 'R' },
-	{ "json", no_argument, NULL, 'j' },
-	{ "verbose", no_argument, NULL, 'v' },
-	{ "help", no_argument, NULL, 'h' },
-	{ NULL, 0, NULL, 0 },
+static struct reception asked = {
+	.opts = KMIG_DESTINATION_OPTS_INIT,
+	.listen = { .port = KMIG_PORT },
+	.vmm = VMM_INIT,
+	.start = { .node = -1, .incoming = true },
+	.account.report = { .size = sizeof(asked.account.report), .page_size = 4096 },
 };
 
-/* Returns 0, a negative errno, or 1 for --help and 2 for what getopt has complained about. */
-static int parse(struct reception *r, int argc, char **argv, const char **secret)
+static const struct opt options[] = {
+	OPT_ENDPOINT("listen", "ADDR[:PORT]", &asked.listen,
+		     "where to listen (127.0.0.1:4760); IPv6 as [ADDRESS]:PORT; port 0: any"),
+	OPT_TEXT("secret", "FILE", &asked.secret_path,
+		 "what both sides know, at least 16 bytes, readable by the owner only"),
+	OPT_SIZE("memory", "SIZE", &asked.start.bytes, "the guest's memory, as at the source"),
+	OPT_TEXT("qmp", "PATH", &asked.start.qmp, "where QEMU is to make its QMP socket"),
+	OPT_TEXT("name", "NAME", &asked.start.name, "the region's name, for 'kmig region list'"),
+	OPT_TEXT("report", "FILE", &asked.report_path, "write the report to FILE as JSON"),
+	OPT_FLAG('j', "json", &asked.json, "print the report as JSON"),
+	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state"),
+	OPT_END
+};
+
+static int receive_main(const struct verb *verb, char **operands)
 {
-	int c, ret = 0;
+	const struct supervised job = { .work = work, .died = died, .data = &asked };
+	struct reception *r = &asked;
 
-	while (!ret && (c = getopt_long(argc, argv, "+jvh", options, NULL)) != -1) {
-		switch (c) {
-		case 'l':
-			r->opts.port = KMIG_PORT;
-			ret = parse_address(optarg, r->host, &r->opts.port);
-			break;
-		case 's':
-			*secret = optarg;
-			break;
-		case 'm':
-			ret = parse_size(optarg, &r->start.bytes);
-			break;
-		case 'q':
-			r->start.qmp = optarg;
-			break;
-		case 'n':
-			r->start.name = optarg;
-			break;
-		case 'R':
-			r->report_path = optarg;
-			break;
-		case 'j':
-			r->json = true;
-			break;
-		case 'v':
-			r->verbose = true;
-			break;
-		case 'h':
-			return 1;
-		default:
-			return 2;
-		}
-	}
-	return ret;
-}
-
-static int receive_main(const struct verb *verb, int argc, char **argv)
-{
-	static struct reception r = {
-		.opts = KMIG_DESTINATION_OPTS_INIT,
-		.vmm = VMM_INIT,
-		.start = { .node = -1, .incoming = true },
-		.report = { .size = sizeof(r.report), .page_size = 4096 },
-	};
-	const struct supervised job = { .work = work, .died = died, .data = &r };
-	const char *secret = NULL;
-	int ret = parse(&r, argc, argv, &secret);
-
-	if (ret == 1)
-		return usage_help(verb);
-	if (ret == 2)
-		return usage_bad(verb);
-	if (ret)
-		return usage_error(verb, "%s", failure());
-	r.start.argv = argv + optind;
-	if (!secret || !r.start.bytes || !r.start.qmp)
+	r->start.argv = operands;
+	if (!r->secret_path || !r->start.bytes || !r->start.qmp)
 		return usage_error(verb, "--secret, --memory and --qmp are needed");
-	if (!r.start.argv[0])
+	if (!operands[0])
 		return usage_error(verb, "QEMU's command is missing: write it behind '--'");
-	if (qemu_check_start(&r.start) || read_secret(secret, r.secret, &r.opts.secret_len))
+	if (qemu_check_start(&r->start) || read_secret(r->secret_path, r->secret, &r->opts.secret_len))
 		return print_failure(EXIT_FAILED);
-	r.opts.host = r.host[0] ? r.host : NULL;
-	r.opts.secret = r.secret;
-	r.footprint = shared_alloc(sizeof(*r.footprint));
-	if (!r.footprint) {
+	r->opts.host = r->listen.host[0] ? r->listen.host : NULL;
+	r->opts.port = r->listen.port;
+	r->opts.secret = r->secret;
+	r->footprint = shared_alloc(sizeof(*r->footprint));
+	if (!r->footprint) {
 		fail(ENOMEM, "no memory");
 		return print_failure(EXIT_FAILED);
 	}
@@ -447,19 +402,13 @@ static int receive_main(const struct verb *verb, int argc, char **argv)
 }
 
 const struct verb receive_verb = {
-	"receive", "[--listen ADDR[:PORT]] --secret FILE --memory SIZE --qmp PATH [--name NAME] [--report FILE] [-j] [-v] -- qemu-system-x86_64 ARGS...",
-	"take in one guest: start QEMU, receive, leave it running",
-	"  --listen ADDR[:PORT]  where to listen (127.0.0.1:4760); IPv6 as [ADDRESS]:PORT; port 0: any\n"
-	"  --secret FILE         what both sides know, at least 16 bytes, readable by the owner only\n"
-	"  --memory SIZE         the guest's memory, as at the source\n"
-	"  --qmp PATH            where QEMU is to make its QMP socket\n"
-	"  --name NAME           the region's name, for 'kmig region list'\n"
-	"  --report FILE         write the report to FILE as JSON\n"
-	"  -j, --json            print the report as JSON\n"
-	"  -v, --verbose         tell of each state\n"
-	"\n"
-	"QEMU's ARGS must be those of the source: the same machine and devices.\n"
-	"Exit status: 0 the guest runs here; 1 failed, nothing runs here; 2 usage; 3 the source\n"
-	"committed and something failed then; 130 interrupted, nothing runs here.\n",
-	receive_main,
+	.name = "receive",
+	.arguments = "--secret FILE --memory SIZE --qmp PATH [options] -- qemu-system-x86_64 ARGS...",
+	.help = "take in one guest: start QEMU, receive, leave it running",
+	.options = options,
+	.operands = true,
+	.notes = "QEMU's ARGS must be those of the source: the same machine and devices.\n"
+		"Exit status: 0 the guest runs here; 1 failed, nothing runs here; 2 usage; 3 the source\n"
+		"committed and something failed then; 130 interrupted, nothing runs here.\n",
+	.run = receive_main,
 };

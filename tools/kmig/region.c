@@ -3,7 +3,6 @@
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
-#include <getopt.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <stdlib.h>
@@ -162,49 +161,44 @@ static int list_all(struct kmig_ctx *ctx, struct out *o)
 	return 0;
 }
 
-static const struct option list_options[] = {
-	{ "json", no_argument, NULL, 'j' },
-	{ "help", no_argument, NULL, 'h' },
-	{ NULL, 0, NULL, 0 },
+static struct {
+	int pid, fd;
+	bool json;
+} asked = { .fd = -1 };
+
+static const struct opt list_options[] = {
+	OPT_FLAG('j', "json", &asked.json, "as JSON"),
+	OPT_END
 };
 
-static int region_list(const struct verb *verb, int argc, char **argv)
+static int region_list(const struct verb *verb, char **operands)
 {
 	struct kmig_ctx *ctx;
 	struct out *o;
-	bool json = false;
-	int c, ret;
+	int ret;
 
-	while ((c = getopt_long(argc, argv, "+jh", list_options, NULL)) != -1) {
-		if (c == 'h')
-			return usage_help(verb);
-		if (c != 'j')
-			return usage_bad(verb);
-		json = true;
-	}
-	if (optind != argc)
-		return usage_error(verb, "unexpected argument '%s'", argv[optind]);
+	(void)verb;
+	(void)operands;
 	ret = open_context(&ctx, false);
 	if (ret)
 		return print_failure(EXIT_FAILED);
-	o = out_new(json ? NULL : stdout);
+	o = out_new(asked.json ? NULL : stdout);
 	ret = list_all(ctx, o);
-	if (!ret && json)
+	if (!ret && asked.json)
 		out_print_json(o, stdout);
 	out_free(o);
 	kmig_ctx_free(ctx);
 	return ret ? print_failure(EXIT_FAILED) : EXIT_DONE;
 }
 
-static const struct option show_options[] = {
-	{ "pid", required_argument, NULL, 'p' },
-	{ "fd", required_argument, NULL, 'f' },
-	{ "json", no_argument, NULL, 'j' },
-	{ "help", no_argument, NULL, 'h' },
-	{ NULL, 0, NULL, 0 },
+static const struct opt show_options[] = {
+	OPT_INT("pid", "PID", &asked.pid, 1, INT_MAX, "the process that holds it"),
+	OPT_INT("fd", "N", &asked.fd, 0, INT_MAX, "its descriptor there, when it holds several regions"),
+	OPT_FLAG('j', "json", &asked.json, "as JSON"),
+	OPT_END
 };
 
-static int show(pid_t pid, int fd, bool json)
+static int show(void)
 {
 	struct kmig_ctx *ctx;
 	struct held held;
@@ -212,61 +206,40 @@ static int show(pid_t pid, int fd, bool json)
 
 	if (open_context(&ctx, false))
 		return print_failure(EXIT_FAILED);
-	if (look_up(ctx, pid, fd, &held)) {
+	if (look_up(ctx, asked.pid, asked.fd, &held)) {
 		fail(EINVAL, "%s", kmig_ctx_error(ctx));
 		kmig_ctx_free(ctx);
 		return print_failure(EXIT_FAILED);
 	}
-	o = out_new(json ? NULL : stdout);
+	o = out_new(asked.json ? NULL : stdout);
 	put_region(o, &held, true);
-	if (json)
+	if (asked.json)
 		out_print_json(o, stdout);
 	out_free(o);
 	kmig_ctx_free(ctx);
 	return EXIT_DONE;
 }
 
-static int region_show(const struct verb *verb, int argc, char **argv)
+static int region_show(const struct verb *verb, char **operands)
 {
-	uint64_t pid = 0, number;
-	bool json = false;
-	int c, fd = -1;
-
-	while ((c = getopt_long(argc, argv, "+p:f:jh", show_options, NULL)) != -1) {
-		switch (c) {
-		case 'p':
-			if (parse_number("--pid", optarg, 1, INT_MAX, &pid))
-				return usage_error(verb, "%s", failure());
-			break;
-		case 'f':
-			if (parse_number("--fd", optarg, 0, INT_MAX, &number))
-				return usage_error(verb, "%s", failure());
-			fd = (int)number;
-			break;
-		case 'j':
-			json = true;
-			break;
-		case 'h':
-			return usage_help(verb);
-		default:
-			return usage_bad(verb);
-		}
-	}
-	if (optind != argc)
-		return usage_error(verb, "unexpected argument '%s'", argv[optind]);
-	if (!pid)
+	(void)operands;
+	if (!asked.pid)
 		return usage_error(verb, "--pid is missing");
-	return show((pid_t)pid, fd, json);
+	return show();
 }
 
 const struct verb region_list_verb = {
-	"list", "[-j]", "the regions of all processes", NULL, region_list,
+	.name = "list",
+	.arguments = "[-j]",
+	.help = "the regions of all processes",
+	.options = list_options,
+	.run = region_list,
 };
 
 const struct verb region_show_verb = {
-	"show", "--pid PID [--fd N] [-j]", "one region in full",
-	"  --pid PID   the process that holds it\n"
-	"  --fd N      its descriptor there, when it holds several regions\n"
-	"  -j, --json  as JSON\n",
-	region_show,
+	.name = "show",
+	.arguments = "--pid PID [--fd N] [-j]",
+	.help = "one region in full",
+	.options = show_options,
+	.run = region_show,
 };

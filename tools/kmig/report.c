@@ -6,20 +6,40 @@
 
 #include "tool.h"
 
+#define THREADS_TOLD 3	/* in the text; the JSON has all that are known */
+
 static double ms(uint64_t ns)
 {
 	return (double)ns / 1e6;
 }
 
-void rounds_add(struct rounds *r, const struct kmig_round_report *round)
+void account_progress(struct account *a, const struct kmig_report *now)
 {
-	struct kmig_round_report *table = realloc(r->table, (r->count + 1) * sizeof(*table));
+	if (a->forecast.rounds || !a->count || !now->forecast.total_ns)
+		return;
+	a->forecast.expected = now->forecast;
+	a->forecast.rounds = a->count;
+	a->forecast.at_ns = a->acked_ns;
+}
+
+void account_round(struct account *a, const struct kmig_round_report *round)
+{
+	struct kmig_round_report *rounds = realloc(a->rounds, (a->count + 1) * sizeof(*rounds));
 
 	/* The table is for reading: a migration does not end for want of a line in it. */
-	if (!table)
+	if (!rounds)
 		return;
-	r->table = table;
-	r->table[r->count++] = *round;
+	a->rounds = rounds;
+	a->rounds[a->count++] = *round;
+	a->precopy += a->report.state < KMIG_STATE_BLACKOUT;
+	a->acked_ns = a->report.total_ns;
+}
+
+void account_free(struct account *a)
+{
+	free(a->rounds);
+	a->rounds = NULL;
+	a->count = 0;
 }
 
 static const char *status_name(enum kmig_verdict verdict)
@@ -36,8 +56,9 @@ static const char *status_name(enum kmig_verdict verdict)
 	}
 }
 
-static void put_ram(struct out *o, const struct kmig_report *r)
+static void put_ram(struct out *o, const struct account *a)
 {
+	const struct kmig_report *r = &a->report;
 	uint64_t sent = r->zerocopy_bytes + r->copied_bytes;
 
 	out_object(o, "ram");
@@ -47,13 +68,15 @@ static void put_ram(struct out *o, const struct kmig_report *r)
 	out_uint(o, "normal", "%" PRIu64 " data pages, ", r->data_pages);
 	out_uint(o, "dirty-sync-count", "%" PRIu64 " rounds\n", r->rounds);
 	out_uint(o, "page-size", NULL, r->page_size);
-	out_bytes(o, "zero-copy-bytes", "zero-copied %s, ", r->zerocopy_bytes);
-	out_bytes(o, "copied-bytes", "copied %s", r->copied_bytes);
-	if (sent)
-		out_text(o, " (%.1f %% zero-copied)", 100.0 * (double)r->zerocopy_bytes / (double)sent);
-	out_text(o, "\n");
-	/* Megabits, as QEMU's field of this name. */
-	out_float(o, "mbps", "%.1f Mbit/s on the wire, ", r->bytes_per_second * 8 / 1e6);
+	if (a->source) {
+		out_bytes(o, "zero-copy-bytes", "zero-copied %s, ", r->zerocopy_bytes);
+		out_bytes(o, "copied-bytes", "copied %s", r->copied_bytes);
+		if (sent)
+			out_text(o, " (%.1f %% zero-copied)", 100.0 * (double)r->zerocopy_bytes / (double)sent);
+		out_text(o, "\n");
+		/* Megabits, as QEMU's field of this name. */
+		out_float(o, "mbps", "%.1f Mbit/s on the wire, ", r->bytes_per_second * 8 / 1e6);
+	}
 	out_end(o);
 }
 
@@ -73,57 +96,178 @@ static void put_states(struct out *o, const struct kmig_report *r)
 	out_end(o);
 }
 
-static void put_rounds(struct out *o, const struct rounds *rounds)
+/* Columns that say nothing in any line are left out of the text. */
+struct columns {
+	bool held, ceiling, error;
+};
+
+static struct columns columns_of(const struct account *a)
 {
+	struct columns c = { 0 };
 	size_t i;
 
-	if (rounds->count)
-		out_text(o, "%6s %10s %10s %10s %12s %9s %9s %12s\n", "ROUND", "DIRTY", "SENT", "ZERO",
-			 "BYTES", "SECONDS", "MB/s", "DIRTY/s");
-	out_array(o, "rounds");
-	for (i = 0; i < rounds->count; i++) {
-		const struct kmig_round_report *r = &rounds->table[i];
+	for (i = 0; i < a->count; i++) {
+		c.held |= a->rounds[i].held_pages > 0;
+		c.ceiling |= a->rounds[i].stun_pages_per_second > 0;
+		c.error |= a->rounds[i].forecast_error > 0;
+	}
+	return c;
+}
 
-		out_object(o, NULL);
-		out_uint(o, "round", "%6" PRIu64, r->round);
-		out_uint(o, "dirty", " %10" PRIu64, r->dirty_pages);
-		out_uint(o, "sent", " %10" PRIu64, r->data_pages);
-		out_uint(o, "zero", " %10" PRIu64, r->zero_pages);
-		out_uint(o, "bytes", " %12" PRIu64, r->bytes);
-		out_float(o, "seconds", " %9.3f", (double)r->duration_ns / 1e9);
-		out_text(o, " %9.1f", r->bytes_per_second / 1e6);
-		out_float(o, "mbps", NULL, r->bytes_per_second * 8 / 1e6);
-		out_float(o, "dirty-pages-rate", " %12.0f\n", r->dirty_pages_per_second);
+static void put_round(struct out *o, const struct kmig_round_report *r, struct columns c)
+{
+	out_object(o, NULL);
+	out_uint(o, "round", "%5" PRIu64, r->round);
+	out_uint(o, "dirty", " %9" PRIu64, r->dirty_pages);
+	out_uint(o, "sent", " %9" PRIu64, r->data_pages);
+	out_uint(o, "zero", " %8" PRIu64, r->zero_pages);
+	out_bytes(o, "bytes", " %10s", r->bytes);
+	out_float(o, "seconds", " %8.3f", (double)r->duration_ns / 1e9);
+	out_text(o, " %7.1f", r->bytes_per_second / 1e6);
+	out_float(o, "mbps", NULL, r->bytes_per_second * 8 / 1e6);
+	out_float(o, "dirty-pages-rate", " %8.0f", r->dirty_pages_per_second);
+	out_uint(o, "held", c.held ? " %7" PRIu64 : NULL, r->held_pages);
+	out_float(o, "stun-pages-rate", c.ceiling ? " %8.0f" : NULL, r->stun_pages_per_second);
+	out_float(o, "forecast-error", c.error ? " %5.0f%%" : NULL, 100 * r->forecast_error);
+	out_text(o, "\n");
+	out_end(o);
+}
+
+static void put_rounds(struct out *o, const struct account *a)
+{
+	struct columns c = columns_of(a);
+	size_t i;
+
+	if (a->count)
+		out_text(o, "%5s %9s %9s %8s %10s %8s %7s %8s%s%s%s\n", "ROUND", "DIRTY", "SENT", "ZERO",
+			 "SIZE", "SECONDS", "MB/s", "DIRTY/s", c.held ? "    HELD" : "",
+			 c.ceiling ? " CEILING" : "", c.error ? "  ERROR" : "");
+	out_array(o, "rounds");
+	for (i = 0; i < a->count; i++)
+		put_round(o, &a->rounds[i], c);
+	out_end(o);
+}
+
+/* What the downtime was made of, one after the other; together they are the downtime. */
+static void put_downtime(struct out *o, const struct kmig_downtime *d)
+{
+	out_object(o, "downtime-parts");
+	out_float(o, "pause", "downtime in ms: pause %.1f, ", ms(d->pause_ns));
+	out_float(o, "device-state-out", "device state out %.1f, ", ms(d->save_ns));
+	out_float(o, "memory", "memory %.1f, ", ms(d->memory_ns));
+	out_float(o, "digests", "digests %.1f, ", ms(d->digest_ns));
+	out_float(o, "device-state-in", "device state in %.1f, ", ms(d->load_ns));
+	out_float(o, "commit", "commit %.1f, ", ms(d->commit_ns));
+	out_float(o, "resume", "resume %.1f\n", ms(d->resume_ns));
+	out_end(o);
+}
+
+static void put_expected(struct out *o, uint64_t rounds, uint64_t bytes, uint64_t total_ns, uint64_t downtime_ns)
+{
+	out_uint(o, "dirty-sync-count", "%" PRIu64 " rounds, ", rounds);
+	out_bytes(o, "transferred", "%s, ", bytes);
+	out_float(o, "total-time", "%.0f ms, ", ms(total_ns));
+	out_float(o, "downtime", "downtime %.0f ms", ms(downtime_ns));
+}
+
+/* The first forecast beside what came of it: both from then to the end. */
+static void put_forecast(struct out *o, const struct account *a)
+{
+	const struct kmig_forecast *f = &a->forecast.expected;
+	uint64_t bytes = 0;
+	size_t i;
+
+	if (!a->forecast.rounds)
+		return;
+	out_object(o, "forecast");
+	out_uint(o, "after-round", "expected after round %" PRIu64 ": ", a->forecast.rounds);
+	put_expected(o, f->rounds, f->bytes, f->total_ns, f->downtime_ns);
+	out_bool(o, "converges", NULL, f->converges);
+	out_float(o, "stun-pages-rate", f->stun_pages_per_second > 0 ? ", stunned to %.0f pages/s" : NULL,
+		  f->stun_pages_per_second);
+	out_text(o, "%s\n", f->converges ? "" : ", beyond the limits");
+	if (a->report.verdict == KMIG_COMPLETED) {
+		for (i = a->forecast.rounds; i < a->count; i++)
+			bytes += a->rounds[i].bytes;
+		out_object(o, "came");
+		out_text(o, "and came:               ");
+		put_expected(o, a->precopy - a->forecast.rounds, bytes,
+			     a->report.state_ns[KMIG_STATE_CLEANUP] - a->forecast.at_ns, a->report.downtime_ns);
+		out_text(o, "\n");
 		out_end(o);
 	}
 	out_end(o);
 }
 
-void report_put(struct out *o, const struct kmig_report *r, const struct rounds *rounds,
-		const char *error)
+/* What the guest felt, where the tracker knows it. */
+static void put_guest(struct out *o, const struct kmig_report *r)
 {
+	uint64_t begin = r->state_ns[KMIG_STATE_FIRST_PASS], end = r->state_ns[KMIG_STATE_BLACKOUT];
+	const struct kmig_guest_cost *g = &r->guest;
+	unsigned int i;
+
+	if (!g->write_faults && !g->stuns)
+		return;
+	if (!end)
+		end = r->total_ns;
+	out_object(o, "guest");
+	out_uint(o, "write-faults", "the guest felt: %" PRIu64 " write faults, ", g->write_faults);
+	out_float(o, "write-fault-time", "%.1f ms in them; ", ms(g->fault_ns));
+	out_uint(o, "stuns", "%" PRIu64 " stuns", g->stuns);
+	out_float(o, "stun-time", g->stuns ? ", %.0f ms" : NULL, ms(g->stun_ns));
+	out_float(o, "stun-time-max", g->stuns ? ", the longest %.1f ms" : NULL, ms(g->stun_max_ns));
+	out_text(o, "\n");
+	/* QEMU's is of all processors; this one of the thread that was held most. */
+	out_float(o, "cpu-throttle-percentage", NULL,
+		  g->threads && end > begin ? 100.0 * (double)g->thread[0].stun_ns / (double)(end - begin) : 0);
+	out_array(o, "threads");
+	for (i = 0; i < g->threads; i++) {
+		double share = end > begin ? 100.0 * (double)g->thread[i].stun_ns / (double)(end - begin) : 0;
+		bool told = i < THREADS_TOLD;
+
+		out_object(o, NULL);
+		out_int(o, "id", told ? "  thread %d: " : NULL, g->thread[i].id);
+		out_uint(o, "stuns", told ? "%" PRIu64 " stuns, " : NULL, g->thread[i].stuns);
+		out_float(o, "stun-time", told ? "%.0f ms, " : NULL, ms(g->thread[i].stun_ns));
+		out_float(o, "percentage", told ? "%.0f %% of the time until the blackout\n" : NULL, share);
+		out_end(o);
+	}
+	out_end(o);
+	out_end(o);
+}
+
+void report_put(struct out *o, const struct account *a, const char *error)
+{
+	const struct kmig_report *r = &a->report;
+
 	out_object(o, NULL);
-	put_rounds(o, rounds);
+	if (a->source)
+		put_rounds(o, a);
 	out_string(o, "status", "%s: ", status_name(r->verdict));
 	if (*error)
 		out_string(o, "error", NULL, error);
 	out_float(o, "total-time", "total time %.0f ms, ", ms(r->total_ns));
 	out_float(o, "downtime", "downtime %.1f ms, ", ms(r->downtime_ns));
 	out_float(o, "setup-time", "setup %.1f ms\n", ms(r->setup_ns));
-	put_ram(o, r);
+	if (a->source && r->verdict == KMIG_COMPLETED)
+		put_downtime(o, &r->downtime);
+	if (r->decision)
+		out_string(o, "precopy-ended", "pre-copy ended: %s\n", r->decision);
+	put_forecast(o, a);
+	put_guest(o, r);
+	put_ram(o, a);
 	out_bytes(o, "device-state", "device state %s, ", r->device_state_bytes);
 	out_uint(o, "digests-compared", "%" PRIu64 " digests compared\n", r->digests_compared);
 	put_states(o, r);
 	out_end(o);
 }
 
-int report_finish(const struct kmig_report *report, const struct rounds *rounds,
-		  const char *error, bool json, const char *path)
+int report_finish(const struct account *a, const char *error, bool json, const char *path)
 {
 	struct out *o = out_new(json ? NULL : stdout);
 	int ret = 0;
 
-	report_put(o, report, rounds, error);
+	report_put(o, a, error);
 	if (json)
 		out_print_json(o, stdout);
 	if (path)

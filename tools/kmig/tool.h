@@ -38,6 +38,8 @@ int64_t now_ms(void);
 
 int parse_size(const char *text, uint64_t *bytes);
 int parse_number(const char *what, const char *text, uint64_t min, uint64_t max, uint64_t *value);
+int parse_decimal(const char *what, const char *text, double min, double max, double *value);
+int parse_rate(const char *what, const char *text, double *bytes_per_second);
 #define HOST_MAX 256
 int parse_address(const char *text, char host[HOST_MAX], uint16_t *port);	/* *port is the default */
 void format_address(const struct sockaddr_storage *address, char text[HOST_MAX]);
@@ -45,9 +47,73 @@ void format_address(const struct sockaddr_storage *address, char text[HOST_MAX])
 #define SECRET_MAX 4096
 int read_secret(const char *path, char secret[SECRET_MAX], size_t *length);
 void format_bytes(uint64_t bytes, char text[32]);
+void format_rate(double bytes_per_second, char text[64]);	/* in bytes and in bits */
+
+/* What stands on the terminal's last line until something else is said; NULL takes it away. */
+void status_line(const char *text);
 
 /* Set by SIGINT, SIGTERM and SIGHUP, see supervise.c. */
 extern volatile sig_atomic_t interrupted;
+
+/* ---- options.c: a verb's options, their parsing and their help from one table --------- */
+
+struct opt {
+	const char *name;
+	char letter;			/* or '\0' */
+	const char *argument;		/* as the help calls it; NULL: it takes none */
+	int (*take)(const struct opt *opt, const char *text);
+	void *value;
+	uint64_t min, max;		/* of a number */
+	const char *const *choices;	/* of a word; ends with NULL */
+	const char *help;
+};
+
+struct endpoint {
+	char host[HOST_MAX];
+	uint16_t port;
+};
+
+int take_flag(const struct opt *opt, const char *text);
+int take_text(const struct opt *opt, const char *text);
+int take_int(const struct opt *opt, const char *text);
+int take_u32(const struct opt *opt, const char *text);
+int take_double(const struct opt *opt, const char *text);
+int take_percent(const struct opt *opt, const char *text);
+int take_seconds(const struct opt *opt, const char *text);
+int take_size(const struct opt *opt, const char *text);
+int take_rate(const struct opt *opt, const char *text);
+int take_choice(const struct opt *opt, const char *text);
+int take_endpoint(const struct opt *opt, const char *text);
+
+/* The compiler sees to it that an option fits its variable. A table ends with OPT_END. */
+#define OPT_TO(type, p) (1 ? (p) : (type *)NULL)
+#define OPT_FLAG(c, n, p, h) { .name = (n), .letter = (c), .take = take_flag, .value = OPT_TO(bool, p), .help = (h) }
+#define OPT_TEXT(n, a, p, h) \
+	{ .name = (n), .argument = (a), .take = take_text, .value = OPT_TO(const char *, p), .help = (h) }
+#define OPT_INT(n, a, p, lo, hi, h) \
+	{ .name = (n), .argument = (a), .take = take_int, .value = OPT_TO(int, p), .min = (lo), .max = (hi), .help = (h) }
+#define OPT_U32(n, a, p, lo, hi, h) \
+	{ .name = (n), .argument = (a), .take = take_u32, .value = OPT_TO(uint32_t, p), .min = (lo), .max = (hi), .help = (h) }
+#define OPT_DOUBLE(n, a, p, lo, hi, h) \
+	{ .name = (n), .argument = (a), .take = take_double, .value = OPT_TO(double, p), .min = (lo), .max = (hi), .help = (h) }
+#define OPT_PERCENT(n, a, p, lo, hi, h) /* kept as a fraction */ \
+	{ .name = (n), .argument = (a), .take = take_percent, .value = OPT_TO(double, p), .min = (lo), .max = (hi), .help = (h) }
+#define OPT_SECONDS(n, a, p, lo, hi, h) /* kept in milliseconds */ \
+	{ .name = (n), .argument = (a), .take = take_seconds, .value = OPT_TO(uint64_t, p), .min = (lo), .max = (hi), .help = (h) }
+#define OPT_SIZE(n, a, p, h) \
+	{ .name = (n), .argument = (a), .take = take_size, .value = OPT_TO(uint64_t, p), .help = (h) }
+#define OPT_RATE(n, a, p, h) /* kept in bytes a second */ \
+	{ .name = (n), .argument = (a), .take = take_rate, .value = OPT_TO(double, p), .help = (h) }
+#define OPT_CHOICE(n, a, p, list, h) /* kept as its place in the list */ \
+	{ .name = (n), .argument = (a), .take = take_choice, .value = OPT_TO(unsigned int, p), .choices = (list), .help = (h) }
+#define OPT_ENDPOINT(n, a, p, h) \
+	{ .name = (n), .argument = (a), .take = take_endpoint, .value = OPT_TO(struct endpoint, p), .help = (h) }
+#define OPT_END { .name = NULL }
+
+/* options_parse() - 0, or one of these, or -EINVAL; @optind is then where the operands begin */
+enum { OPTIONS_HELP = 1, OPTIONS_BAD /* and has been told so */ };
+int options_parse(const struct opt *table, int argc, char **argv);
+void options_help(const struct opt *table, FILE *file);
 
 /* ---- output.c: text and JSON from one call ------------------------------------------ */
 
@@ -136,6 +202,11 @@ int vmm_resume(struct vmm *v);
 int vmm_status(struct vmm *v, char status[32]);
 void vmm_close(struct vmm *v);
 
+/* ---- find.c: the region that is its memory ------------------------------------------------- */
+
+/** @pidfd: of QEMU's process, for the caller to close; set also when the region was not found */
+int find_region(struct vmm *v, struct kmig_ctx *ctx, const char *qmp, struct kmig_region **region, int *pidfd);
+
 /* ---- start.c: a QEMU on a region ----------------------------------------------------------- */
 
 #define QEMU_FD 10	/* the region's descriptor in QEMU */
@@ -155,42 +226,57 @@ int qemu_exec(char **argv, int region_fd);	/* returns only on failure */
 
 /* ---- report.c, progress.c ------------------------------------------------------------------- */
 
-struct rounds {
-	struct kmig_round_report *table;
+/* What is told of a migration at its end. */
+struct account {
+	bool source;			/* what only the source knows is told as well */
+	struct kmig_report report;
+	struct kmig_round_report *rounds;
 	size_t count;
+	size_t precopy;			/* of them, before the blackout */
+	uint64_t acked_ns;		/* when the last one was stored, since the start */
+	struct {
+		struct kmig_forecast expected;
+		size_t rounds;		/* that were sent when it was made; 0: none was made */
+		uint64_t at_ns;
+	} forecast;
 };
-void rounds_add(struct rounds *r, const struct kmig_round_report *round);
-void report_put(struct out *o, const struct kmig_report *report, const struct rounds *rounds,
-		const char *error);
+/** account_progress() - take note of the first forecast; before account_round() for its round */
+void account_progress(struct account *a, const struct kmig_report *now);
+void account_round(struct account *a, const struct kmig_round_report *round);
+void account_free(struct account *a);
+void report_put(struct out *o, const struct account *a, const char *error);
 /** report_finish() - to stdout as text or JSON, and to the file at @path unless it is NULL */
-int report_finish(const struct kmig_report *report, const struct rounds *rounds,
-		  const char *error, bool json, const char *path);
+int report_finish(const struct account *a, const char *error, bool json, const char *path);
 
 struct progress {
+	bool source;		/* which knows what is left */
 	bool verbose;
 	bool terminal;
-	bool line;		/* an unfinished line stands on the terminal */
 	int64_t last;
 	enum kmig_state state;
 	bool begun;
 };
-void progress_init(struct progress *p, bool verbose);
+void progress_init(struct progress *p, bool source, bool verbose);
+/** progress_say() - what is being done, where there are no figures for it */
+void progress_say(struct progress *p, const char *what);
 void progress_update(struct progress *p, const struct kmig_report *report);
 void progress_round(struct progress *p, const struct kmig_round_report *round);
-void progress_end(struct progress *p);
+/** progress_text() - the line, as much of it as fits before the last of @columns */
+#define PROGRESS_MAX 256
+void progress_text(const struct kmig_report *report, bool source, unsigned int columns, char text[PROGRESS_MAX]);
 
 /* ---- the verbs --------------------------------------------------------------------------------- */
 
 struct verb {
 	const char *name;
 	const char *arguments;
-	const char *help;	/* one line */
-	const char *options;	/* the lines below the usage; may be NULL */
-	int (*run)(const struct verb *verb, int argc, char **argv);
+	const char *help;		/* one line */
+	const struct opt *options;
+	bool operands;			/* more than options may follow */
+	const char *notes;		/* lines below the options; may be NULL */
+	int (*run)(const struct verb *verb, char **operands);	/* its options are parsed */
 };
 int usage_error(const struct verb *verb, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-int usage_bad(const struct verb *verb);
-int usage_help(const struct verb *verb);
 int open_context(struct kmig_ctx **ctx, bool verbose);
 
 extern const struct verb region_list_verb, region_show_verb;

@@ -40,6 +40,18 @@ void failure_clear(void)
 	message[0] = '\0';
 }
 
+static bool line_stands;
+
+/* In one write each, so that nothing flickers and lines of other processes do not mix in. */
+void status_line(const char *text)
+{
+	if (text)
+		fprintf(stderr, "\r%s\033[K", text);
+	else if (line_stands)
+		fputs("\r\033[K", stderr);
+	line_stands = text;
+}
+
 void say(const char *fmt, ...)
 {
 	va_list args;
@@ -48,7 +60,7 @@ void say(const char *fmt, ...)
 	va_start(args, fmt);
 	vsnprintf(line, sizeof(line), fmt, args);
 	va_end(args);
-	/* One write, so that lines of the processes of one terminal do not mix. */
+	status_line(NULL);
 	fprintf(stderr, "kmig: %s\n", line);
 }
 
@@ -117,6 +129,76 @@ int parse_number(const char *what, const char *text, uint64_t min, uint64_t max,
 			    what, min, max, text);
 	*value = v;
 	return 0;
+}
+
+/* Digits, and perhaps a fraction: neither sign nor exponent, nor what else strtod() knows. */
+static bool take_decimal(const char *text, double *value, const char **rest)
+{
+	size_t length = strspn(text, "0123456789.");
+	char *end;
+
+	*value = strtod(text, &end);
+	*rest = end;
+	return length && end == text + length;
+}
+
+int parse_decimal(const char *what, const char *text, double min, double max, double *value)
+{
+	const char *rest;
+	double v;
+
+	if (!take_decimal(text, &v, &rest) || *rest || v < min || v > max)
+		return fail(EINVAL, "%s must be a number from %.10g to %.10g, not '%s'", what, min, max, text);
+	*value = v;
+	return 0;
+}
+
+/*
+ * What people write: 10Gbit, 10Gbps, 1.25GB/s, 400 Mbit/s, 120MiB/s, 100M. Bits come in powers of
+ * 1000, and so do bytes with a B; a unit alone is one of 1024, as in sizes. Pages are of 4 KiB.
+ */
+int parse_rate(const char *what, const char *text, double *bytes_per_second)
+{
+	static const char prefixes[] = "KMGT";
+	static const struct {
+		const char *name;
+		double bytes, thousand;
+	} units[] = {
+		{ "", 1, 1024 }, { "B", 1, 1000 }, { "byte", 1, 1000 }, { "bytes", 1, 1000 },
+		{ "b", 1. / 8, 1000 }, { "bit", 1. / 8, 1000 }, { "bits", 1. / 8, 1000 },
+		{ "page", 4096, 1000 }, { "pages", 4096, 1000 },
+	};
+	double value, thousand = 0;
+	const char *p, *prefix;
+	unsigned int power = 0;
+	size_t length, i;
+
+	if (!take_decimal(text, &value, &p))
+		goto bad;
+	if (*p == ' ' && p[1])
+		p++;
+	prefix = *p ? strchr(prefixes, toupper((unsigned char)*p)) : NULL;
+	if (prefix) {
+		power = (unsigned int)(prefix - prefixes) + 1;
+		p++;
+		if (*p == 'i') {
+			thousand = 1024;
+			p++;
+		}
+	}
+	length = strlen(p);
+	if (length >= 2 && (!strcmp(p + length - 2, "/s") || !strcmp(p + length - 2, "ps")))
+		length -= 2;
+	for (i = 0; i < sizeof(units) / sizeof(units[0]); i++) {
+		if (strlen(units[i].name) != length || strncmp(units[i].name, p, length))
+			continue;
+		for (value *= units[i].bytes; power; power--)
+			value *= thousand ? thousand : units[i].thousand;
+		*bytes_per_second = value;
+		return 0;
+	}
+bad:
+	return fail(EINVAL, "%s: '%s' is not a rate: write 10Gbit/s, 400Mbit, 50MB/s or 48MiB/s", what, text);
 }
 
 /*
@@ -231,4 +313,17 @@ void format_bytes(uint64_t bytes, char text[32])
 		unit++;
 	}
 	snprintf(text, 32, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
+}
+
+void format_rate(double bytes_per_second, char text[64])
+{
+	static const char *const units[] = { "", "k", "M", "G", "T" };
+	double bits = bytes_per_second * 8;
+	unsigned int unit = 0;
+
+	while (bits >= 1000 && unit < 4) {
+		bits /= 1000;
+		unit++;
+	}
+	snprintf(text, 64, "%.1f MB/s (%.4g %sbit/s)", bytes_per_second / 1e6, bits, units[unit]);
 }
