@@ -22,6 +22,7 @@ enum exit_code {
 	EXIT_FAILED = 1,	/* migrate: the guest runs on at the source */
 	EXIT_USAGE = 2,
 	EXIT_UNKNOWN = 3,	/* the source is paused and the destination did not confirm */
+	EXIT_DIVERGES = 4,	/* forecast: the limits cannot be kept */
 	EXIT_INTERRUPTED = 130,
 };
 
@@ -280,6 +281,6 @@ int usage_error(const struct verb *verb, const char *fmt, ...) __attribute__((fo
 int open_context(struct kmig_ctx **ctx, bool verbose);
 
 extern const struct verb region_list_verb, region_show_verb;
-extern const struct verb run_verb, migrate_verb, receive_verb, version_verb;
+extern const struct verb run_verb, migrate_verb, receive_verb, forecast_verb, version_verb;
 
 #endif /* KMIG_TOOL_H */

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0
+/* 'kmig forecast' from figures alone: what it says, and how it ends. */
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <json-c/json.h>
+
+#include "kselftest_harness.h"
+#include "tool.h"
+
+/* The example of Documentation/convergence.rst. */
+#define EXAMPLE "--memory 2048M --dirty-rate 32MiB/s --bandwidth 128MiB/s "
+
+FIXTURE(forecast)
+{
+	char kmig[PATH_MAX];
+	char out[1 << 16];
+	int status;
+};
+
+/* kmig lies beside us in the build directory: build/selftests/NAME, build/tools/kmig. */
+FIXTURE_SETUP(forecast)
+{
+	ssize_t n = readlink("/proc/self/exe", self->kmig, sizeof(self->kmig) - 64);
+	char *slash;
+
+	ASSERT_LT(0, n);
+	self->kmig[n] = '\0';
+	slash = strrchr(self->kmig, '/');
+	strcpy(slash, "/../tools/kmig");
+	ASSERT_EQ(0, access(self->kmig, X_OK));
+}
+
+FIXTURE_TEARDOWN(forecast)
+{
+}
+
+static void run(FIXTURE_DATA(forecast) *self, const char *options)
+{
+	char command[PATH_MAX + 256];
+	FILE *pipe;
+	size_t n;
+
+	snprintf(command, sizeof(command), "%s forecast %s 2>&1", self->kmig, options);
+	pipe = popen(command, "r");
+	n = pipe ? fread(self->out, 1, sizeof(self->out) - 1, pipe) : 0;
+	self->out[n] = '\0';
+	self->status = pipe ? WEXITSTATUS(pclose(pipe)) : -1;
+}
+
+static struct json_object *run_json(FIXTURE_DATA(forecast) *self, const char *options)
+{
+	char more[256];
+
+	snprintf(more, sizeof(more), "%s -j", options);
+	run(self, more);
+	return json_tokener_parse(self->out);
+}
+
+static struct json_object *at(struct json_object *root, const char *key)
+{
+	struct json_object *value = NULL;
+
+	json_object_object_get_ex(root, key, &value);
+	return value;
+}
+
+static double number(struct json_object *root, const char *key)
+{
+	struct json_object *value = at(root, key);
+
+	return value ? json_object_get_double(value) : -1;
+}
+
+/* A quarter of each round is dirtied again: 2048, 512, 128 MiB; 32 MiB are left, 0.25 s. */
+TEST_F(forecast, example)
+{
+	static const double mib[] = { 2048, 512, 128, 32 };
+	struct json_object *root = run_json(self, EXAMPLE "--downtime 300 --devices 0"), *rounds, *round;
+
+	ASSERT_NE(NULL, root) TH_LOG("%s", self->out);
+	EXPECT_EQ(EXIT_DONE, self->status);
+	EXPECT_TRUE(json_object_get_boolean(at(root, "converges")));
+	EXPECT_EQ(0, number(root, "stun-pages-rate"));
+	EXPECT_EQ(3, number(root, "dirty-sync-count"));
+	EXPECT_EQ((2048 + 512 + 128 + 32) * 1048576.0, number(root, "transferred"));
+	EXPECT_EQ(250, number(root, "downtime"));
+	EXPECT_EQ(21250, number(root, "total-time"));
+	EXPECT_EQ(128 * 1048576.0, number(root, "bandwidth"));
+	rounds = at(root, "rounds");
+	ASSERT_EQ(3, json_object_array_length(rounds));
+	for (int i = 0; i < 3; i++) {
+		round = json_object_array_get_idx(rounds, i);
+		EXPECT_EQ(i + 1, number(round, "round"));
+		EXPECT_EQ(mib[i] * 1048576, number(round, "bytes"));
+		EXPECT_EQ(mib[i + 1] * 1048576, number(round, "dirty-bytes"));
+		EXPECT_EQ(mib[i] / 128, number(round, "seconds"));
+	}
+	json_object_put(root);
+}
+
+/* A quarter of the downtime is for devices and digests unless told otherwise. */
+TEST_F(forecast, devices_have_their_share)
+{
+	struct json_object *root = run_json(self, EXAMPLE "--downtime 300");
+
+	ASSERT_NE(NULL, root);
+	EXPECT_EQ(4, number(root, "dirty-sync-count"));
+	EXPECT_EQ(75 + 62.5, number(root, "downtime"));
+	json_object_put(root);
+}
+
+#define FASTER "--memory 4G --dirty-rate 640MB/s --bandwidth 128MB/s "
+
+/* Five times the link's rate: rounds shrink by half once the guest is slowed down. */
+TEST_F(forecast, stun)
+{
+	struct json_object *root = run_json(self, FASTER), *rounds;
+	double before, after;
+
+	ASSERT_NE(NULL, root);
+	EXPECT_EQ(EXIT_DONE, self->status);
+	EXPECT_TRUE(json_object_get_boolean(at(root, "converges")));
+	EXPECT_EQ(128e6 / 4096 / 2, number(root, "stun-pages-rate"));
+	EXPECT_LE(number(root, "downtime"), 300);
+	rounds = at(root, "rounds");
+	EXPECT_EQ(number(root, "dirty-sync-count"), json_object_array_length(rounds));
+	for (size_t i = 2; i < json_object_array_length(rounds); i++) {
+		before = number(json_object_array_get_idx(rounds, i - 1), "bytes");
+		after = number(json_object_array_get_idx(rounds, i), "bytes");
+		EXPECT_TRUE(after > before * 0.499 && after < before * 0.501) TH_LOG("%f after %f", after, before);
+	}
+	EXPECT_LT(640e6, number(at(root, "without-stun"), "bandwidth"));
+	json_object_put(root);
+}
+
+/* What it says would help, does. */
+TEST_F(forecast, diverges_and_says_what_would_help)
+{
+	char options[256];
+	struct json_object *root = run_json(self, FASTER "--no-stun"), *help;
+
+	ASSERT_NE(NULL, root);
+	EXPECT_EQ(EXIT_DIVERGES, self->status);
+	EXPECT_FALSE(json_object_get_boolean(at(root, "converges")));
+	help = at(root, "would-help");
+	ASSERT_NE(NULL, help);
+	EXPECT_TRUE(json_object_get_boolean(at(help, "stun")));
+	snprintf(options, sizeof(options), FASTER "--no-stun --downtime %.0f", number(help, "downtime"));
+	run(self, options);
+	EXPECT_EQ(EXIT_DONE, self->status) TH_LOG("%s", options);
+	snprintf(options, sizeof(options), FASTER "--no-stun --bandwidth %.0f", number(help, "bandwidth"));
+	run(self, options);
+	EXPECT_EQ(EXIT_DONE, self->status) TH_LOG("%s", options);
+	json_object_put(root);
+
+	root = run_json(self, FASTER "--max-time 60");
+	ASSERT_NE(NULL, root);
+	EXPECT_EQ(EXIT_DIVERGES, self->status);
+	snprintf(options, sizeof(options), FASTER "--max-time %.0f", number(at(root, "would-help"), "max-time") / 1000 + 1);
+	run(self, options);
+	EXPECT_EQ(EXIT_DONE, self->status) TH_LOG("%s", options);
+	json_object_put(root);
+}
+
+TEST_F(forecast, text)
+{
+	static const char *const said[] = {
+		"memory 2.0 GiB, 1.0 GiB in use\n", "dirties 33.6 MB/s (268.4 Mbit/s), 8192 pages/s, of 16.0 MiB\n",
+		"link: 134.2 MB/s (1.074 Gbit/s)\n", "limits: downtime 300 ms, 30 rounds, 60000 ms in all\n",
+		"    1     1.0 GiB     8.000    16.0 MiB       200\n",
+		"converges: 1 rounds, 1.0 GiB, 8.2 s, downtime 200 ms\n",
+	};
+	size_t i;
+
+	run(self, EXAMPLE "--used 1G --working-set 16M --max-time 60");
+	EXPECT_EQ(EXIT_DONE, self->status);
+	for (i = 0; i < sizeof(said) / sizeof(said[0]); i++)
+		EXPECT_NE(NULL, strstr(self->out, said[i])) TH_LOG("line %zu is not said, but:\n%s", i, self->out);
+	/* A guest that writes nothing. */
+	run(self, "--memory 1G --dirty-rate 0 --bandwidth 1Gbit");
+	EXPECT_EQ(EXIT_DONE, self->status);
+	EXPECT_NE(NULL, strstr(self->out, "converges: 1 rounds")) TH_LOG("%s", self->out);
+}
+
+TEST_F(forecast, errors)
+{
+	static const struct { const char *options; int status; const char *message; } bad[] = {
+		{ "", EXIT_USAGE, "--bandwidth is needed" },
+		{ "--bandwidth 0 --memory 1G --dirty-rate 1M", EXIT_USAGE, "--bandwidth must be more than nothing" },
+		{ "--bandwidth fast", EXIT_USAGE, "'fast' is not a rate" },
+		{ "--bandwidth 1G", EXIT_USAGE, "either a guest" },
+		{ "--bandwidth 1G --pid 1 --memory 1G --dirty-rate 1M", EXIT_USAGE, "either a guest" },
+		{ "--bandwidth 1G --pid 1 --qmp x", EXIT_USAGE, "either a guest" },
+		{ "--bandwidth 1G --memory 1G", EXIT_USAGE, "--memory and --dirty-rate are needed" },
+		{ "--bandwidth 1G --dirty-rate 1M", EXIT_USAGE, "--memory and --dirty-rate are needed" },
+		{ EXAMPLE "--downtime 0", EXIT_USAGE, "--downtime must be a number from 1 to 60000, not '0'" },
+		{ EXAMPLE "--used 3G", EXIT_FAILED, "bytes in use of" },
+		{ EXAMPLE "more", EXIT_USAGE, "unexpected argument 'more'" },
+		{ "--bandwidth 1G --qmp /nonexistent", EXIT_FAILED, "/nonexistent: No such file or directory" },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		run(self, bad[i].options);
+		EXPECT_EQ(bad[i].status, self->status) TH_LOG("%s", bad[i].options);
+		EXPECT_NE(NULL, strstr(self->out, bad[i].message)) TH_LOG("%s: %s", bad[i].options, self->out);
+	}
+}
+
+TEST_HARNESS_MAIN
