@@ -28,15 +28,13 @@
  * see ./check.
  */
 
-#ifndef CHUNKS
-#define CHUNKS		2
-#endif
 #ifndef WRITES
 #define WRITES		2	/* of the guest, after the first */
 #endif
 #ifndef LOSSES
 #define LOSSES		1	/* of channels, in all */
 #endif
+#define CHUNKS		2
 #define CHANNELS	2
 #define ROUNDS		2	/* before the pause, at most */
 #define ROUND_END	CHUNKS	/* in place of a chunk */
@@ -82,7 +80,7 @@ active proctype guest()
 
 	do
 	:: atomic { writes < WRITES && !paused -> writes++; page[0]++; dirty[0] = true }
-	:: atomic { writes < WRITES && !paused -> writes++; page[CHUNKS - 1]++; dirty[CHUNKS - 1] = true }
+	:: atomic { writes < WRITES && !paused -> writes++; page[1]++; dirty[1] = true }
 	:: break
 	od;
 	writes = 0
@@ -177,7 +175,7 @@ end:	do
 		atomic {
 			!busy[0] && !busy[1];
 			if
-			:: copy[0] == page[0] && copy[CHUNKS - 1] == page[CHUNKS - 1] -> over = true
+			:: copy[0] == page[0] && copy[1] == page[1] -> over = true
 			:: else -> assert(all_there)
 			fi;
 			/* Not that it must not come to this, but that it can. */
@@ -302,8 +300,8 @@ active proctype source()
 		if
 		:: !paused && round < ROUNDS
 		:: !paused -> paused = true
-		:: paused && (dirty[0] || dirty[CHUNKS - 1])
-		:: paused && !dirty[0] && !dirty[CHUNKS - 1] -> break
+		:: paused && (dirty[0] || dirty[1])
+		:: paused && !dirty[0] && !dirty[1] -> break
 		fi
 	od;
 	prepare = true;
