@@ -456,6 +456,7 @@ static void look(struct looks *looks, uint64_t word)
 TEST(held_pages_are_those_dirty_longest)
 {
 	struct looks looks;
+	int held = 0;
 
 	looks_start(&looks);
 	look(&looks, 0xff);
@@ -477,6 +478,13 @@ TEST(held_pages_are_those_dirty_longest)
 		look(&looks, 0xf3);
 	kmig_hot_choose(&looks.hot, 100);
 	EXPECT_EQ(0xf3, looks.hot.hold[0][1]);
+	/* An eighth of the words goes along with each round, in turn. */
+	for (int i = 0; i < 8; i++) {
+		look(&looks, 0xf3);
+		kmig_hot_choose(&looks.hot, 100);
+		held += looks.hot.held == 6;
+	}
+	EXPECT_EQ(7, held);
 	kmig_hot_choose(&looks.hot, 0);
 	EXPECT_EQ(0, looks.hot.held);
 	EXPECT_EQ(0, looks.hot.hold[0][1]);
