@@ -14,8 +14,9 @@
  * into the region) has one work, whose end moves.
  *
  * A thread sleeps between its fault and the write itself. Should the page be harvested
- * meanwhile, the write faults once more: the thread has paid for it and is not delayed again, or
- * it would not get on while harvests are shorter than delays.
+ * meanwhile, the write faults once more, and counts once more: the page has to be sent again.
+ * But a thread is delayed at most twice in a row for the same page, or it would not get on while
+ * harvests come faster than delays end.
  *
  * A setting is read without a lock, by its fields. A new one is written under harvest_lock; the
  * generation is raised last and read first, so a wait that was worked out from a mixture belongs
@@ -53,6 +54,8 @@
 #define STUN_HASH_BITS		7
 /* Enough for the largest guest's processors and their helpers. */
 #define STUN_THREADS_MAX	1024
+/* Delays in a row for the same page. */
+#define STUN_WAITS_MAX		2
 /* How late a wait may end for the sake of one timer interrupt less. */
 #define STUN_SLACK_NS		(10 * NSEC_PER_USEC)
 
@@ -66,7 +69,8 @@
  * @queued:	@work is queued or runs; @stun is referenced for it
  * @generation:	of the setting that @deadline follows from
  * @deadline:	when the wait ends, on the monotonic clock
- * @paid:	the page that the wait is for, plus 1; 0 once it was written after all
+ * @page:	the page of the last wait
+ * @waits:	how many in a row were for it
  * @figures:	for the user, without the pid
  */
 struct stun_thread {
@@ -78,7 +82,8 @@ struct stun_thread {
 	bool queued;
 	u32 generation;
 	s64 deadline;
-	u64 paid;
+	u64 page;
+	unsigned int waits;
 	struct lmtrack_stun_thread figures;
 };
 
@@ -255,6 +260,16 @@ static void stun_queue(struct stun_thread *thread, u32 generation, s64 deadline)
 	}
 }
 
+/* It has waited for this page, and the write has not come about for a harvest each time. */
+static bool thread_waited_enough(struct stun_thread *thread, pgoff_t page)
+{
+	if (thread->page != page)
+		thread->waits = 0;
+	thread->page = page;
+	thread->waits = (thread->waits + 1) % (STUN_WAITS_MAX + 1);
+	return !thread->waits;
+}
+
 /* One more page is dirty: who made it so has to wait, or not. */
 static void stun_charge(struct lmtrack_stun *stun, struct stun_thread *thread, pgoff_t page)
 {
@@ -273,14 +288,10 @@ static void stun_charge(struct lmtrack_stun *stun, struct stun_thread *thread, p
 
 	if (due - tolerance <= now)
 		return;
-	if (unlikely(!thread)) {
+	if (unlikely(!thread))
 		atomic64_inc(&stun->failed);
-	} else if (thread->paid == page + 1) {
-		thread->paid = 0;
-	} else {
-		thread->paid = page + 1;
+	else if (!thread_waited_enough(thread, page))
 		stun_queue(thread, generation, due - tolerance);
-	}
 }
 
 /* ---- Accounts ---- */
