@@ -38,6 +38,7 @@ struct kmig_policy {
 
 	double ceiling;			/* pages a second that may be dirtied; 0: as the guest likes */
 	uint64_t hold_budget;		/* pages */
+	bool holding;			/* some are held back */
 	struct kmig_forecast forecast;	/* from here to the end */
 	double predicted;		/* pages that were expected to be dirty now, or < 0 */
 	double error;			/* of that prediction, relative to what was */

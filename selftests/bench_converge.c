@@ -384,6 +384,7 @@ static bool zipf(void)
 	printf("== zipf %.2f: writes over %.0f MiB, %u Mbit/s\n", ZIPF, GUEST_BYTES / (double)MIB, link_mbit);
 	load_prepare(SKEWED, 3 * LINK_BYTES / PAGE_BYTES, GUEST_PAGES);
 	opts.no_hold_back = true;
+	opts.downtime_ms = 400;
 	/* Where it cannot be slowed down, it is at least moved. */
 	opts.on_timeout = KMIG_TIMEOUT_SWITCHOVER;
 	without = move(&opts, &err);

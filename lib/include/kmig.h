@@ -263,7 +263,11 @@ const char *kmig_state_name(enum kmig_state state);
 enum kmig_verdict {
 	KMIG_RUNNING,		/* the migration is under way */
 	KMIG_COMPLETED,		/* the guest runs at the destination */
-	KMIG_FAILED,		/* the guest runs at the source, as before */
+	/*
+	 * The guest runs at the source, as before. Only if @resume failed does it stand there: that
+	 * is logged as an error
+	 */
+	KMIG_FAILED,
 	KMIG_CANCELLED,		/* likewise, because of an abort */
 	KMIG_UNKNOWN,		/* committed, no answer: the source stays paused until someone decides */
 };
