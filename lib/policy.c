@@ -66,13 +66,14 @@ static void measure(struct kmig_policy *policy, const struct kmig_look *look)
 
 	if (policy->predicted >= 0 && dirty)
 		policy->error = fabs(policy->predicted - dirty) / dirty;
+	/* What the ceiling allowed says nothing about what the guest would write without it. */
+	if (look->stunned)
+		return;
 	/* Without the pages held back it is another guest. */
 	if (look->held && !policy->holding)
 		policy->left.count = 0;
 	policy->holding = look->held > 0;
-	/* What the ceiling allowed says nothing about what the guest would write without it. */
-	if (!look->stunned)
-		kmig_curve_add(&policy->left, look->interval_ns, dirty);
+	kmig_curve_add(&policy->left, look->interval_ns, dirty);
 }
 
 /* From what is dirty now to the end. */
