@@ -90,6 +90,9 @@ int kmig_region_exists(const struct kmig_region *region, uint64_t chunk, uint64_
 /* Punch a range out: it reads as zero and costs nothing. */
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
 
+/* @flags: of struct lmtrack_stream_send */
+int kmig_stream_send_flags(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what, uint32_t flags);
+
 /* Tracking for those who may try again: no message; and the message for when they do not. */
 uint64_t kmig_region_held(struct kmig_region *region);
 int kmig_region_try_track(struct kmig_region *region, bool allow_pinned, uint64_t *pinned_pages);

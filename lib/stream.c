@@ -71,7 +71,12 @@ int kmig_stream_add_channel(struct kmig_stream *stream, int sock)
 
 int kmig_stream_send(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what)
 {
-	struct lmtrack_stream_send send = { .size = sizeof(send), .round = round };
+	return kmig_stream_send_flags(stream, round, what, 0);
+}
+
+int kmig_stream_send_flags(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what, uint32_t flags)
+{
+	struct lmtrack_stream_send send = { .size = sizeof(send), .flags = flags, .round = round };
 
 	switch (what) {
 	case KMIG_SEND_ALL:

@@ -76,12 +76,15 @@ static int stun_stats(struct kmig_region *region, struct lmtrack_stun_stats *sta
 /* What this module cannot is not in the table: it may be older than the library. */
 static void probe(struct lmtrack *lmtrack)
 {
+	struct lmtrack_hold_set none = { .size = sizeof(none), .flags = LMTRACK_HOLD_CLEAR_ALL };
 	struct lmtrack_stun_stats stats = { .size = sizeof(stats) };
 
 	if (ioctl(lmtrack->tracker.config.regions[0]->fd, LMTRACK_STUN_STATS, &stats) < 0 && errno == ENOTTY) {
 		lmtrack->ops.stun = NULL;
 		lmtrack->ops.stats = NULL;
 	}
+	if (ioctl(lmtrack->tracker.config.regions[0]->fd, LMTRACK_HOLD_SET, &none) < 0 && errno == ENOTTY)
+		lmtrack->ops.hold = NULL;
 }
 
 static int lmtrack_start(struct kmig_tracker *tracker)
@@ -112,9 +115,12 @@ static int lmtrack_add_channel(struct kmig_tracker *tracker, int sock)
 }
 
 static int lmtrack_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what,
-			unsigned int flags __attribute__((unused)))
+			unsigned int flags)
 {
-	return kmig_stream_send(lmtrack_of(tracker)->stream, round, what);
+	/* A module that cannot hold pages back does not know the flag. */
+	uint32_t held = flags & KMIG_SEND_HELD && lmtrack_of(tracker)->ops.hold ? LMTRACK_SEND_HELD : 0;
+
+	return kmig_stream_send_flags(lmtrack_of(tracker)->stream, round, what, held);
 }
 
 static int lmtrack_fd(const struct kmig_tracker *tracker)
@@ -194,6 +200,21 @@ static int lmtrack_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
 	return err;
 }
 
+static int lmtrack_hold(struct kmig_tracker *tracker, unsigned int index, const uint64_t *bitmap)
+{
+	struct kmig_region *region = tracker->config.regions[index];
+	struct lmtrack_hold_set set = {
+		.size = sizeof(set),
+		.flags = LMTRACK_HOLD_CLEAR_ALL,
+		.pages = bitmap ? kmig_region_pages(region) : 0,
+		.bitmap = (uintptr_t)bitmap,
+	};
+
+	if (ioctl(region->fd, LMTRACK_HOLD_SET, &set) < 0)
+		return kmig_fail(region->ctx, -errno, "region %s: holding pages back: %s", region->name, strerror(errno));
+	return 0;
+}
+
 static int by_stun(const void *one, const void *other)
 {
 	const struct kmig_tracker_thread *a = one, *b = other;
@@ -263,6 +284,7 @@ static const struct kmig_tracker_ops lmtrack_ops = {
 	.channel_stats = lmtrack_channel_stats,
 	.free = lmtrack_free,
 	.stun = lmtrack_stun,
+	.hold = lmtrack_hold,
 	.stats = lmtrack_stats,
 };
 
