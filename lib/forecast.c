@@ -73,6 +73,8 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns)
 		return 0;
 	while (at < curve->count && points[at].interval_ns < interval_ns)
 		at++;
+	if (!at && curve->flat)
+		return points[0].pages;
 	/* Shorter than anything measured, or only one measurement: in proportion. */
 	if (!at || curve->count == 1) {
 		unsigned int i = at ? at - 1 : 0;

@@ -11,6 +11,7 @@
 
 struct kmig_curve {
 	unsigned int count;
+	bool flat;	/* shorter than the shortest interval is taken to be no less, not in proportion */
 	struct kmig_curve_point points[KMIG_CURVE_POINTS];	/* intervals grow */
 };
 

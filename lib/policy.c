@@ -98,6 +98,12 @@ static void forecast(struct kmig_policy *policy, const struct kmig_look *look)
 	ahead.stun_floor = opts->stun_floor;
 	ahead.no_stun = !opts->can_stun;
 	ahead.under_way = true;
+	/*
+	 * A guest gets the benefit of the doubt: what it does in shorter intervals than have been
+	 * seen is less in proportion. Not one that was too fast, as long as the ceiling holds it:
+	 * it would be let go, and caught again, for ever.
+	 */
+	policy->left.flat = look->stunned;
 	kmig_forecast_play(&ahead, &policy->left, &policy->forecast);
 }
 

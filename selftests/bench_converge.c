@@ -25,6 +25,7 @@
 #define GUEST_BYTES (guest_mib * MIB)
 #define GUEST_PAGES (GUEST_BYTES / PAGE_BYTES)
 #define TICK_US 1000
+#define STATE_BYTES 100000	/* of devices */
 #define ZIPF 0.99
 #define LIMIT 0.15
 
@@ -220,6 +221,7 @@ static struct kmig_report move(const struct kmig_source_opts *given, int *result
 	for (uint64_t page = 0; page < GUEST_PAGES; page++)
 		memset(ram + page * PAGE_BYTES, page * 31 + 1, PAGE_BYTES);
 	source.is_source = true;
+	source.state_length = destination.state_length = STATE_BYTES;
 	source.timeout_ms = destination.timeout_ms = 20000;
 	memset(&trace, 0, sizeof(trace));
 	load_start(ram);
@@ -301,13 +303,13 @@ static bool quarter(void)
 	int err;
 
 	opts.downtime_ms = 400;
-	/* The blackout of this guest: 700 kB of state, digests of what was sent last. */
+	/* The blackout of this guest beside its pages: device state. */
 	ahead.ram_bytes = ahead.bytes = GUEST_BYTES;
 	ahead.bytes_per_second = LINK_BYTES;
 	ahead.curve = &curve;
 	ahead.points = 1;
 	ahead.downtime_ms = opts.downtime_ms;
-	ahead.blackout_ns = 700000 / LINK_BYTES * 1e9;
+	ahead.blackout_ns = STATE_BYTES / LINK_BYTES * 1e9;
 	kmig_ctx_new(&ctx);
 	kmig_forecast(ctx, &ahead, &forecast);
 	kmig_ctx_free(ctx);
@@ -430,7 +432,7 @@ int main(int argc, char **argv)
 		else
 			return 2;
 	}
-	snprintf(shape, sizeof(shape), "ip link set lo up && tc qdisc add dev lo root tbf rate %umbit burst 256k latency 50ms",
+	snprintf(shape, sizeof(shape), "ip link set lo up && tc qdisc add dev lo root tbf rate %umbit burst 256k latency 200ms",
 		 link_mbit);
 	if (unshare(CLONE_NEWNET) || system(shape)) {
 		perror("a network namespace with a shaped link");

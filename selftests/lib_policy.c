@@ -111,6 +111,18 @@ static double blackout(const struct world *world)
 	return world->dirty * PAGE / world->wire + world->trip;
 }
 
+/* How often the guest was slowed down that was not before. */
+static int ceilings;
+
+static void count_ceilings(struct world *world, uint32_t round)
+{
+	static double before;
+
+	if (round > 1 && world->ceiling > 0 && !before)
+		ceilings++;
+	before = round > 1 ? world->ceiling : 0;
+}
+
 /* ---- Curve ---- */
 
 TEST(curve_between_measurements)
@@ -338,6 +350,18 @@ TEST(a_busy_guest_is_slowed_down_until_it_fits)
 	EXPECT_LT(world.bytes, 3.2 * 1024 * MIB);
 	EXPECT_LT(world.policy.rounds, 12);
 	EXPECT_LT(world.policy.error, 0.15);
+}
+
+/* A small set, written over and over in no time: it looks slow in a long round. */
+TEST(the_ceiling_is_not_lifted_and_set_again)
+{
+	struct world world = { .wire = 100 * MIB, .trip = 0.01, .pages = 262144, .writes = 5 * 25600, .set = 131072 };
+	struct kmig_policy_opts opts = usual(&world);
+
+	ceilings = 0;
+	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, count_ceilings));
+	EXPECT_LE(blackout(&world), 0.3);
+	EXPECT_EQ(1, ceilings);
 }
 
 static void wire_drops(struct world *world, uint32_t round)
