@@ -16,6 +16,7 @@
 
 #define CONNECT_TIMEOUT_MS 10000
 #define ROUNDS_TOLD 12		/* in the text */
+#define SAME 0.01		/* a round that leaves as much as the one before tells nothing */
 #define ROUNDS_MAX 100		/* in the JSON */
 #define DOWNTIME_MAX_MS 60000
 #define ROUNDS_LIMIT 10000
@@ -115,34 +116,39 @@ static int watch(struct forecast *f)
 	return 0;
 }
 
-/* A guest that dirties new pages at one rate, until all of its working set is dirty. */
+/*
+ * A guest that dirties new pages at one rate, until all of its working set is dirty. As many
+ * points as there may be: the curve is to stay flat then, for as long as a round can last.
+ */
 static void imagine(struct forecast *f)
 {
 	uint64_t set = f->working_set && f->working_set < f->memory ? f->working_set : f->memory;
-	double interval = fmin(1e9 * (double)set / f->dirty_rate, LONGEST_NS / 10);
+	double interval = fmin(1e9 * (double)set / f->dirty_rate, LONGEST_NS);
 	double pages = f->dirty_rate * interval / 1e9 / f->opts.page_size;
 
 	f->opts.ram_bytes = f->memory;
 	f->opts.bytes = f->used ? f->used : f->memory;
-	if (f->dirty_rate <= 0)
-		return;
-	f->curve[0] = (struct kmig_curve_point){ (uint64_t)interval, (uint64_t)pages };
-	f->curve[1] = (struct kmig_curve_point){ (uint64_t)(10 * interval), (uint64_t)pages };
-	f->opts.points = 2;
+	for (; f->dirty_rate > 0 && f->opts.points < KMIG_CURVE_POINTS && interval <= LONGEST_NS; interval *= 2)
+		f->curve[f->opts.points++] = (struct kmig_curve_point){ (uint64_t)interval, (uint64_t)pages };
 }
 
 /* ---- playing it through ----------------------------------------------------------------------- */
 
+/* What the blackout takes beside memory. */
+static uint64_t devices_ns(const struct forecast *f)
+{
+	return f->devices_ms < 0 ? f->opts.downtime_ms * 250000ull : f->devices_ms * 1000000ull;
+}
+
 static int play(const struct forecast *f, struct kmig_forecast *out)
 {
 	struct kmig_forecast_opts opts = f->opts;
-	uint64_t devices_us = f->devices_ms < 0 ? opts.downtime_ms * 250ull : f->devices_ms * 1000ull;
 	int ret;
 
 	*out = (struct kmig_forecast)KMIG_FORECAST_INIT;
 	opts.bytes_per_second = f->bandwidth;
 	opts.curve = f->curve;
-	opts.blackout_ns = devices_us * 1000;
+	opts.blackout_ns = devices_ns(f);
 	ret = kmig_forecast(f->ctx, &opts, out);
 	return ret ? fail(-ret, "%s", kmig_ctx_error(f->ctx)) : 0;
 }
@@ -156,16 +162,18 @@ static bool converges(const struct forecast *f)
 
 /* The rounds of a forecast one by one: what a forecast of so many adds to that of one less. */
 struct step {
-	uint64_t sent, left;		/* bytes */
+	double sent, left;		/* bytes */
 	uint64_t took_ns, downtime_ns;	/* the blackout's, if it came then */
 };
 
 static int play_steps(const struct forecast *given, const struct kmig_forecast *whole, struct step *steps, uint32_t count)
 {
-	struct kmig_forecast before = { .bytes = given->opts.bytes }, now;
+	double sent = 0, left;
+	uint64_t took = 0;
 	struct forecast f = *given;
+	struct kmig_forecast now;
 	uint32_t i;
-	int ret = 0;
+	int ret;
 
 	/* With just the ceiling that was found, or none. */
 	f.opts.no_stun = whole->stun_pages_per_second <= 0;
@@ -173,17 +181,21 @@ static int play_steps(const struct forecast *given, const struct kmig_forecast *
 		f.opts.stun_floor = whole->stun_pages_per_second;
 		f.opts.convergence = 1e-12;
 	}
-	for (i = 0; i < count; i++, before = now) {
+	for (i = 0; i < count; i++) {
 		f.opts.max_rounds = i + 1;
 		ret = play(&f, &now);
 		if (ret)
-			break;
-		steps[i].sent = i ? steps[i - 1].left : given->opts.bytes;
-		steps[i].left = now.bytes - before.bytes;
-		steps[i].took_ns = now.total_ns - now.downtime_ns - (before.total_ns - before.downtime_ns);
+			return ret;
+		/* The blackout carries what the last round left, and has no other figure for it. */
+		left = (double)(now.downtime_ns - devices_ns(&f)) / 1e9 * f.bandwidth;
+		steps[i].left = left;
+		steps[i].sent = (double)now.bytes - left - sent;
+		steps[i].took_ns = now.total_ns - now.downtime_ns - took;
 		steps[i].downtime_ns = now.downtime_ns;
+		sent += steps[i].sent;
+		took += steps[i].took_ns;
 	}
-	return ret;
+	return 0;
 }
 
 /* ---- what would help -------------------------------------------------------------------------- */
@@ -327,23 +339,32 @@ static void put_given(struct out *o, const struct forecast *f)
 	out_end(o);
 }
 
+static bool is_told(const struct step *steps, uint32_t i, uint32_t count)
+{
+	if (!i || i == count - 1)
+		return true;
+	return i < ROUNDS_TOLD && fabs(steps[i].left - steps[i - 1].left) > SAME * steps[i - 1].left;
+}
+
 static void put_steps(struct out *o, const struct step *steps, uint32_t count)
 {
+	bool told = true, before;
 	uint32_t i;
 
 	out_text(o, "%5s %11s %9s %11s %9s\n", "ROUND", "SENT", "SECONDS", "THEN DIRTY", "PAUSE ms");
 	out_array(o, "rounds");
 	for (i = 0; i < count; i++) {
 		const struct step *s = &steps[i];
-		bool told = i < ROUNDS_TOLD || i == count - 1;
 
-		if (i == ROUNDS_TOLD && count > ROUNDS_TOLD + 1)
+		before = told;
+		told = is_told(steps, i, count);
+		if (before && !told)
 			out_text(o, "  ...\n");
 		out_object(o, NULL);
 		out_uint(o, "round", told ? "%5" PRIu64 : NULL, i + 1);
-		out_bytes(o, "bytes", told ? " %11s" : NULL, s->sent);
+		out_bytes(o, "bytes", told ? " %11s" : NULL, (uint64_t)llround(s->sent));
 		out_float(o, "seconds", told ? " %9.3f" : NULL, (double)s->took_ns / 1e9);
-		out_bytes(o, "dirty-bytes", told ? " %11s" : NULL, s->left);
+		out_bytes(o, "dirty-bytes", told ? " %11s" : NULL, (uint64_t)llround(s->left));
 		out_float(o, "downtime", told ? " %9.0f\n" : NULL, ms(s->downtime_ns));
 		out_end(o);
 	}
@@ -359,7 +380,7 @@ static void put_verdict(struct out *o, const struct forecast *f, const struct km
 	out_float(o, "stun-pages-rate", stun > 0 ? ", with the guest slowed down to %.0f pages/s" : NULL, stun);
 	if (stun > 0)
 		out_text(o, " (%.1f MB/s)", stun * f->opts.page_size / 1e6);
-	out_uint(o, "dirty-sync-count", ": %" PRIu64 " rounds, ", r->rounds);
+	out_uint(o, "dirty-sync-count", r->rounds == 1 ? "\n%" PRIu64 " round, " : "\n%" PRIu64 " rounds, ", r->rounds);
 	out_bytes(o, "transferred", "%s, ", r->bytes);
 	out_float(o, "total-time", NULL, ms(r->total_ns));
 	out_text(o, "%.1f s, ", (double)r->total_ns / 1e9);
@@ -368,8 +389,11 @@ static void put_verdict(struct out *o, const struct forecast *f, const struct km
 
 static void put_remedies(struct out *o, const struct remedies *r, bool stunned)
 {
-	if (!r->bandwidth && !r->downtime_ms && !r->time_ms && !r->rounds && !r->stun)
+	if (!r->bandwidth && !r->downtime_ms && !r->time_ms && !r->rounds && !r->stun) {
+		if (!stunned)
+			out_text(o, "no link, downtime or other limit alone would help\n");
 		return;
+	}
 	out_object(o, stunned ? "without-stun" : "would-help");
 	out_text(o, stunned ? "without slowing it down it would take one of\n" : "one of these would help\n");
 	if (r->bandwidth)

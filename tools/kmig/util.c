@@ -325,5 +325,5 @@ void format_rate(double bytes_per_second, char text[64])
 		bits /= 1000;
 		unit++;
 	}
-	snprintf(text, 64, "%.1f MB/s (%.4g %sbit/s)", bytes_per_second / 1e6, bits, units[unit]);
+	snprintf(text, 64, "%.4g MB/s (%.4g %sbit/s)", bytes_per_second / 1e6, bits, units[unit]);
 }
