@@ -435,12 +435,13 @@ TEST(report)
 		"pause", "device-state-out", "memory", "digests", "device-state-in", "commit", "resume",
 	};
 	static const char *const said[] = {
-		"    HELD CEILING  ERROR\n", "     40      600    12%\n",
+		"    HELD CEILING ERROR\n", "      40     600   12%\n",
 		"downtime in ms: pause 1.0, device state out 2.0, memory 3.0, digests 4.0, device state in 5.0, commit 6.0, resume 7.0\n",
 		"pre-copy ended: what is left fits the downtime\n",
-		"expected after round 1: 2 rounds, 2.4 MiB, 800 ms, downtime 30 ms, stunned to 600 pages/s\n",
-		"and came:               1 rounds, 2.3 MiB, 900 ms, downtime 28 ms\n",
-		"590 write faults, 3.0 ms in them; 30 stuns, 450 ms, the longest 20.0 ms\n",
+		"forecast, round 1: 2 rounds, 2.4 MiB, 0.8 s, downtime 30 ms, stun 600/s\n",
+		"what came:         1 round, 2.3 MiB, 0.9 s, downtime 28 ms\n",
+		"the guest felt: 590 write faults, 3.0 ms in them\n",
+		"stunned 30 times, 450 ms, the longest 20.0 ms\n",
 		"  thread 77: 30 stuns, 300 ms, 20 % of the time until the blackout\n",
 	};
 	struct account a = { 0 };
@@ -467,7 +468,7 @@ TEST(report)
 TEST(report_leaves_out)
 {
 	static const char *const unsaid[] = {
-		"HELD", "CEILING", "ERROR", "expected", "guest", "Mbit", "copied", "ROUND", "downtime in",
+		"HELD", "CEILING", "ERROR", "forecast", "guest", "Mbit", "copied", "ROUND", "downtime in",
 	};
 	struct account a = { .report = { .verdict = KMIG_COMPLETED, .data_pages = 7, .copied_bytes = 7 << 12 } };
 	struct json_object *root;

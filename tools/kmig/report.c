@@ -56,27 +56,33 @@ static const char *status_name(enum kmig_verdict verdict)
 	}
 }
 
+static void put_payload(struct out *o, const struct kmig_report *r)
+{
+	uint64_t sent = r->zerocopy_bytes + r->copied_bytes;
+
+	out_bytes(o, "zero-copy-bytes", "; zero-copied %s, ", r->zerocopy_bytes);
+	out_bytes(o, "copied-bytes", "copied %s", r->copied_bytes);
+	if (sent)
+		out_text(o, " (%.1f %%)", 100.0 * (double)r->zerocopy_bytes / (double)sent);
+}
+
 static void put_ram(struct out *o, const struct account *a)
 {
 	const struct kmig_report *r = &a->report;
-	uint64_t sent = r->zerocopy_bytes + r->copied_bytes;
 
 	out_object(o, "ram");
 	out_bytes(o, "total", "memory %s, ", r->ram_bytes);
-	out_bytes(o, "transferred", "transferred %s, ", r->transferred_bytes);
-	out_uint(o, "duplicate", "%" PRIu64 " zero pages, ", r->zero_pages);
-	out_uint(o, "normal", "%" PRIu64 " data pages, ", r->data_pages);
-	out_uint(o, "dirty-sync-count", "%" PRIu64 " rounds\n", r->rounds);
+	out_bytes(o, "transferred", "transferred %s in ", r->transferred_bytes);
+	out_uint(o, "dirty-sync-count", r->rounds == 1 ? "%" PRIu64 " round\n" : "%" PRIu64 " rounds\n", r->rounds);
+	out_uint(o, "duplicate", "pages: %" PRIu64 " zero, ", r->zero_pages);
+	out_uint(o, "normal", "%" PRIu64 " data", r->data_pages);
 	out_uint(o, "page-size", NULL, r->page_size);
-	if (a->source) {
-		out_bytes(o, "zero-copy-bytes", "zero-copied %s, ", r->zerocopy_bytes);
-		out_bytes(o, "copied-bytes", "copied %s", r->copied_bytes);
-		if (sent)
-			out_text(o, " (%.1f %% zero-copied)", 100.0 * (double)r->zerocopy_bytes / (double)sent);
-		out_text(o, "\n");
-		/* Megabits, as QEMU's field of this name. */
+	if (a->source)
+		put_payload(o, r);
+	out_text(o, "\n");
+	/* Megabits, as QEMU's field of this name. */
+	if (a->source)
 		out_float(o, "mbps", "%.1f Mbit/s on the wire, ", r->bytes_per_second * 8 / 1e6);
-	}
 	out_end(o);
 }
 
@@ -114,21 +120,22 @@ static struct columns columns_of(const struct account *a)
 	return c;
 }
 
-static void put_round(struct out *o, const struct kmig_round_report *r, struct columns c)
+static void put_round(struct out *o, const struct kmig_round_report *r, bool paused, struct columns c)
 {
 	out_object(o, NULL);
 	out_uint(o, "round", "%5" PRIu64, r->round);
-	out_uint(o, "dirty", " %9" PRIu64, r->dirty_pages);
-	out_uint(o, "sent", " %9" PRIu64, r->data_pages);
+	out_uint(o, "dirty", " %8" PRIu64, r->dirty_pages);
+	out_uint(o, "sent", " %8" PRIu64, r->data_pages);
 	out_uint(o, "zero", " %8" PRIu64, r->zero_pages);
-	out_bytes(o, "bytes", " %10s", r->bytes);
-	out_float(o, "seconds", " %8.3f", (double)r->duration_ns / 1e9);
-	out_text(o, " %7.1f", r->bytes_per_second / 1e6);
+	out_uint(o, "bytes", NULL, r->bytes);
+	out_float(o, "seconds", " %7.2f", (double)r->duration_ns / 1e9);
+	out_text(o, " %6.1f", r->bytes_per_second / 1e6);
 	out_float(o, "mbps", NULL, r->bytes_per_second * 8 / 1e6);
 	out_float(o, "dirty-pages-rate", " %8.0f", r->dirty_pages_per_second);
 	out_uint(o, "held", c.held ? " %7" PRIu64 : NULL, r->held_pages);
-	out_float(o, "stun-pages-rate", c.ceiling ? " %8.0f" : NULL, r->stun_pages_per_second);
-	out_float(o, "forecast-error", c.error ? " %5.0f%%" : NULL, 100 * r->forecast_error);
+	out_float(o, "stun-pages-rate", c.ceiling ? " %7.0f" : NULL, r->stun_pages_per_second);
+	out_float(o, "forecast-error", c.error ? " %4.0f%%" : NULL, 100 * r->forecast_error);
+	out_bool(o, "paused", NULL, paused);
 	out_text(o, "\n");
 	out_end(o);
 }
@@ -139,12 +146,12 @@ static void put_rounds(struct out *o, const struct account *a)
 	size_t i;
 
 	if (a->count)
-		out_text(o, "%5s %9s %9s %8s %10s %8s %7s %8s%s%s%s\n", "ROUND", "DIRTY", "SENT", "ZERO",
-			 "SIZE", "SECONDS", "MB/s", "DIRTY/s", c.held ? "    HELD" : "",
-			 c.ceiling ? " CEILING" : "", c.error ? "  ERROR" : "");
+		out_text(o, "%5s %8s %8s %8s %7s %6s %8s%s%s%s\n", "ROUND", "DIRTY", "SENT", "ZERO",
+			 "SECONDS", "MB/s", "DIRTY/s", c.held ? "    HELD" : "",
+			 c.ceiling ? " CEILING" : "", c.error ? " ERROR" : "");
 	out_array(o, "rounds");
 	for (i = 0; i < a->count; i++)
-		put_round(o, &a->rounds[i], c);
+		put_round(o, &a->rounds[i], i >= a->precopy, c);
 	out_end(o);
 }
 
@@ -164,9 +171,10 @@ static void put_downtime(struct out *o, const struct kmig_downtime *d)
 
 static void put_expected(struct out *o, uint64_t rounds, uint64_t bytes, uint64_t total_ns, uint64_t downtime_ns)
 {
-	out_uint(o, "dirty-sync-count", "%" PRIu64 " rounds, ", rounds);
+	out_uint(o, "dirty-sync-count", rounds == 1 ? "%" PRIu64 " round, " : "%" PRIu64 " rounds, ", rounds);
 	out_bytes(o, "transferred", "%s, ", bytes);
-	out_float(o, "total-time", "%.0f ms, ", ms(total_ns));
+	out_float(o, "total-time", NULL, ms(total_ns));
+	out_text(o, "%.1f s, ", (double)total_ns / 1e9);
 	out_float(o, "downtime", "downtime %.0f ms", ms(downtime_ns));
 }
 
@@ -180,17 +188,17 @@ static void put_forecast(struct out *o, const struct account *a)
 	if (!a->forecast.rounds)
 		return;
 	out_object(o, "forecast");
-	out_uint(o, "after-round", "expected after round %" PRIu64 ": ", a->forecast.rounds);
+	out_uint(o, "after-round", "forecast, round %" PRIu64 ": ", a->forecast.rounds);
 	put_expected(o, f->rounds, f->bytes, f->total_ns, f->downtime_ns);
 	out_bool(o, "converges", NULL, f->converges);
-	out_float(o, "stun-pages-rate", f->stun_pages_per_second > 0 ? ", stunned to %.0f pages/s" : NULL,
+	out_float(o, "stun-pages-rate", f->stun_pages_per_second > 0 ? ", stun %.0f/s" : NULL,
 		  f->stun_pages_per_second);
 	out_text(o, "%s\n", f->converges ? "" : ", beyond the limits");
 	if (a->report.verdict == KMIG_COMPLETED) {
 		for (i = a->forecast.rounds; i < a->count; i++)
 			bytes += a->rounds[i].bytes;
 		out_object(o, "came");
-		out_text(o, "and came:               ");
+		out_text(o, "what came:         ");
 		put_expected(o, a->precopy - a->forecast.rounds, bytes,
 			     a->report.state_ns[KMIG_STATE_CLEANUP] - a->forecast.at_ns, a->report.downtime_ns);
 		out_text(o, "\n");
@@ -212,18 +220,19 @@ static void put_guest(struct out *o, const struct kmig_report *r)
 		end = r->total_ns;
 	out_object(o, "guest");
 	out_uint(o, "write-faults", "the guest felt: %" PRIu64 " write faults, ", g->write_faults);
-	out_float(o, "write-fault-time", "%.1f ms in them; ", ms(g->fault_ns));
-	out_uint(o, "stuns", "%" PRIu64 " stuns", g->stuns);
+	out_float(o, "write-fault-time", "%.1f ms in them\n", ms(g->fault_ns));
+	out_uint(o, "stuns", g->stuns ? "stunned %" PRIu64 " times" : NULL, g->stuns);
 	out_float(o, "stun-time", g->stuns ? ", %.0f ms" : NULL, ms(g->stun_ns));
 	out_float(o, "stun-time-max", g->stuns ? ", the longest %.1f ms" : NULL, ms(g->stun_max_ns));
-	out_text(o, "\n");
+	if (g->stuns)
+		out_text(o, "\n");
 	/* QEMU's is of all processors; this one of the thread that was held most. */
 	out_float(o, "cpu-throttle-percentage", NULL,
 		  g->threads && end > begin ? 100.0 * (double)g->thread[0].stun_ns / (double)(end - begin) : 0);
 	out_array(o, "threads");
 	for (i = 0; i < g->threads; i++) {
 		double share = end > begin ? 100.0 * (double)g->thread[i].stun_ns / (double)(end - begin) : 0;
-		bool told = i < THREADS_TOLD;
+		bool told = i < THREADS_TOLD && g->thread[i].stuns;
 
 		out_object(o, NULL);
 		out_int(o, "id", told ? "  thread %d: " : NULL, g->thread[i].id);
