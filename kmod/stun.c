@@ -250,7 +250,9 @@ static void stun_queue(struct stun_thread *thread, u32 generation, s64 deadline)
 	thread->deadline = deadline;
 	if (thread->queued)
 		return;
-	refcount_inc(&stun->refs);
+	/* Under RCU alone it may be that of a tracking that was replaced a moment ago. */
+	if (!refcount_inc_not_zero(&stun->refs))
+		return;
 	WRITE_ONCE(thread->queued, true);
 	init_task_work(&thread->work, stun_work);
 	if (task_work_add(current, &thread->work, TWA_RESUME)) {
