@@ -20,6 +20,7 @@
 #define ROUNDS_MAX 100		/* in the JSON */
 #define DOWNTIME_MAX_MS 60000
 #define ROUNDS_LIMIT 10000
+#define LATE 1.25		/* times the interval before: as long as that */
 #define FASTER_MAX 1000.0	/* times the link given: beyond that it is no advice */
 #define LONGEST_NS 1e18
 
@@ -300,13 +301,16 @@ static void put_curve(struct out *o, const struct forecast *f)
 	out_array(o, "working-set");
 	for (i = 0; i < f->opts.points; i++) {
 		double seconds = (double)f->curve[i].interval_ns / 1e9, pages = (double)f->curve[i].pages;
+		/* On a busy host the first looks are late, and follow one another at once. */
+		bool told = i + 1 == f->opts.points || (double)f->curve[i + 1].interval_ns > LATE * 1e9 * seconds;
 
 		out_object(o, NULL);
-		out_float(o, "interval", "%11.1f", seconds * 1000);
-		out_uint(o, "pages", " %10" PRIu64, f->curve[i].pages);
-		out_bytes(o, "bytes", " %11s", f->curve[i].pages * f->opts.page_size);
-		out_float(o, "dirty-pages-rate", " %10.0f", pages / seconds);
-		out_text(o, " %9.1f\n", pages * f->opts.page_size / seconds / 1e6);
+		out_float(o, "interval", told ? "%11.1f" : NULL, seconds * 1000);
+		out_uint(o, "pages", told ? " %10" PRIu64 : NULL, f->curve[i].pages);
+		out_bytes(o, "bytes", told ? " %11s" : NULL, f->curve[i].pages * f->opts.page_size);
+		out_float(o, "dirty-pages-rate", told ? " %10.0f" : NULL, pages / seconds);
+		if (told)
+			out_text(o, " %9.1f\n", pages * f->opts.page_size / seconds / 1e6);
 		out_end(o);
 	}
 	out_end(o);

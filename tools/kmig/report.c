@@ -193,7 +193,7 @@ static void put_forecast(struct out *o, const struct account *a)
 	out_bool(o, "converges", NULL, f->converges);
 	out_float(o, "stun-pages-rate", f->stun_pages_per_second > 0 ? ", stun %.0f/s" : NULL,
 		  f->stun_pages_per_second);
-	out_text(o, "%s\n", f->converges ? "" : ", beyond the limits");
+	out_text(o, "%s\n", f->converges ? "" : ": beyond limits");
 	if (a->report.verdict == KMIG_COMPLETED) {
 		for (i = a->forecast.rounds; i < a->count; i++)
 			bytes += a->rounds[i].bytes;
@@ -256,7 +256,7 @@ void report_put(struct out *o, const struct account *a, const char *error)
 	if (*error)
 		out_string(o, "error", NULL, error);
 	out_float(o, "total-time", "total time %.0f ms, ", ms(r->total_ns));
-	out_float(o, "downtime", "downtime %.1f ms, ", ms(r->downtime_ns));
+	out_float(o, "downtime", r->downtime_ns ? "downtime %.1f ms, " : NULL, ms(r->downtime_ns));
 	out_float(o, "setup-time", "setup %.1f ms\n", ms(r->setup_ns));
 	if (a->source && r->verdict == KMIG_COMPLETED)
 		put_downtime(o, &r->downtime);

@@ -108,5 +108,8 @@ int supervise(const struct supervised *job)
 	ret = wait_for(pid, &signals, &status);
 	if (!ret && WIFEXITED(status))
 		return WEXITSTATUS(status);
+	/* The line that it wrote last may still stand on the terminal. */
+	if (isatty(STDERR_FILENO))
+		status_line("");
 	return job->died(job->data);
 }
