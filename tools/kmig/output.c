@@ -43,14 +43,13 @@ struct json_object *out_json(struct out *o)
 	return o->stack[0];
 }
 
-void out_print_json(struct out *o, FILE *file)
+void out_print_json(const struct out *o, FILE *file)
 {
 	fprintf(file, "%s\n", json_object_to_json_string_ext(o->stack[0],
 		JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED | JSON_C_TO_STRING_NOSLASHESCAPE));
 }
 
-/* Written beside its name and renamed, so that a reader never finds half of it. */
-int out_write_report(struct out *o, const char *path)
+int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data)
 {
 	char *part;
 	FILE *file;
@@ -60,7 +59,7 @@ int out_write_report(struct out *o, const char *path)
 		return fail(ENOMEM, "report %s: no memory", path);
 	file = fopen(part, "we");
 	if (file) {
-		out_print_json(o, file);
+		put(file, data);
 		if (ferror(file))
 			err = EIO;
 		if (fclose(file) && !err)
@@ -74,6 +73,16 @@ int out_write_report(struct out *o, const char *path)
 	}
 	free(part);
 	return err ? fail(err, "report %s: %s", path, strerror(err)) : 0;
+}
+
+static void put_json(FILE *file, const void *data)
+{
+	out_print_json(data, file);
+}
+
+int out_write_report(const struct out *o, const char *path)
+{
+	return write_report(path, put_json, o);
 }
 
 static void add(struct out *o, const char *key, struct json_object *value)

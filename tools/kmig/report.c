@@ -35,6 +35,20 @@ void account_round(struct account *a, const struct kmig_round_report *round)
 	a->acked_ns = a->report.total_ns;
 }
 
+struct kmig_forecast account_came(const struct account *a)
+{
+	struct kmig_forecast came = {
+		.rounds = (uint32_t)(a->precopy - a->forecast.rounds),
+		.total_ns = a->report.state_ns[KMIG_STATE_CLEANUP] - a->forecast.at_ns,
+		.downtime_ns = a->report.downtime_ns,
+	};
+	size_t i;
+
+	for (i = a->forecast.rounds; i < a->count; i++)
+		came.bytes += a->rounds[i].bytes;
+	return came;
+}
+
 void account_free(struct account *a)
 {
 	free(a->rounds);
@@ -169,38 +183,35 @@ static void put_downtime(struct out *o, const struct kmig_downtime *d)
 	out_end(o);
 }
 
-static void put_expected(struct out *o, uint64_t rounds, uint64_t bytes, uint64_t total_ns, uint64_t downtime_ns)
+static void put_expected(struct out *o, const struct kmig_forecast *f)
 {
-	out_uint(o, "dirty-sync-count", rounds == 1 ? "%" PRIu64 " round, " : "%" PRIu64 " rounds, ", rounds);
-	out_bytes(o, "transferred", "%s, ", bytes);
-	out_float(o, "total-time", NULL, ms(total_ns));
-	out_text(o, "%.1f s, ", (double)total_ns / 1e9);
-	out_float(o, "downtime", "downtime %.0f ms", ms(downtime_ns));
+	out_uint(o, "dirty-sync-count", f->rounds == 1 ? "%" PRIu64 " round, " : "%" PRIu64 " rounds, ", f->rounds);
+	out_bytes(o, "transferred", "%s, ", f->bytes);
+	out_float(o, "total-time", NULL, ms(f->total_ns));
+	out_text(o, "%.1f s, ", (double)f->total_ns / 1e9);
+	out_float(o, "downtime", "downtime %.0f ms", ms(f->downtime_ns));
 }
 
 /* The first forecast beside what came of it: both from then to the end. */
 static void put_forecast(struct out *o, const struct account *a)
 {
 	const struct kmig_forecast *f = &a->forecast.expected;
-	uint64_t bytes = 0;
-	size_t i;
 
 	if (!a->forecast.rounds)
 		return;
 	out_object(o, "forecast");
 	out_uint(o, "after-round", "forecast, round %" PRIu64 ": ", a->forecast.rounds);
-	put_expected(o, f->rounds, f->bytes, f->total_ns, f->downtime_ns);
+	put_expected(o, f);
 	out_bool(o, "converges", NULL, f->converges);
 	out_float(o, "stun-pages-rate", f->stun_pages_per_second > 0 ? ", stun %.0f/s" : NULL,
 		  f->stun_pages_per_second);
 	out_text(o, "%s\n", f->converges ? "" : ": beyond limits");
 	if (a->report.verdict == KMIG_COMPLETED) {
-		for (i = a->forecast.rounds; i < a->count; i++)
-			bytes += a->rounds[i].bytes;
+		struct kmig_forecast came = account_came(a);
+
 		out_object(o, "came");
 		out_text(o, "what came:         ");
-		put_expected(o, a->precopy - a->forecast.rounds, bytes,
-			     a->report.state_ns[KMIG_STATE_CLEANUP] - a->forecast.at_ns, a->report.downtime_ns);
+		put_expected(o, &came);
 		out_text(o, "\n");
 		out_end(o);
 	}

@@ -124,8 +124,10 @@ struct out;
 struct out *out_new(FILE *text);	/* NULL: JSON only */
 void out_free(struct out *o);
 struct json_object *out_json(struct out *o);
-void out_print_json(struct out *o, FILE *file);
-int out_write_report(struct out *o, const char *path);
+void out_print_json(const struct out *o, FILE *file);
+int out_write_report(const struct out *o, const char *path);
+/** write_report() - beside its name, and renamed: a reader never finds half of it */
+int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data);
 
 /* A key of NULL names nothing: the top level, or an element of an array. */
 void out_object(struct out *o, const char *key);
@@ -241,6 +243,8 @@ struct account {
 		uint64_t at_ns;
 	} forecast;
 };
+/** account_came() - what came of the first forecast, from then to the end; of one that has completed */
+struct kmig_forecast account_came(const struct account *a);
 /** account_progress() - take note of the first forecast; before account_round() for its round */
 void account_progress(struct account *a, const struct kmig_report *now);
 void account_round(struct account *a, const struct kmig_round_report *round);
@@ -265,6 +269,41 @@ void progress_round(struct progress *p, const struct kmig_round_report *round);
 /** progress_text() - the line, as much of it as fits before the last of @columns */
 #define PROGRESS_MAX 256
 void progress_text(const struct kmig_report *report, bool source, unsigned int columns, char text[PROGRESS_MAX]);
+
+/* ---- timeline.c, html.c, chart.c: the report that is looked at ------------------------------- */
+
+struct sample {
+	uint64_t at_ns;			/* since the start */
+	uint64_t transferred_bytes, remaining_bytes, held_pages;
+	double ceiling;			/* pages a second; 0: none */
+};
+
+struct timed_round {
+	uint64_t begin_ns, end_ns;
+	struct kmig_round_report report;
+};
+
+#define TIMELINE_MAX 1024
+struct timeline {
+	struct sample sample[TIMELINE_MAX];	/* the first and the last are always kept */
+	size_t count;
+	uint64_t spacing_ns;			/* of those to come, at least */
+	struct timed_round *round;
+	size_t rounds;
+};
+void timeline_add(struct timeline *t, const struct kmig_report *now);
+void timeline_round(struct timeline *t, const struct kmig_report *now, const struct kmig_round_report *round);
+void timeline_free(struct timeline *t);
+
+struct story {
+	const struct account *account;
+	const struct timeline *timeline;
+	const char *guest, *to;			/* names; may hold anything */
+	const char *error;			/* "" if none */
+	uint32_t downtime_ms;			/* the limit */
+};
+/** html_write() - one file with everything in it, no script, nothing fetched */
+int html_write(const struct story *story, const char *path);
 
 /* ---- the verbs --------------------------------------------------------------------------------- */
 

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The report that is looked at: that it is whole, lets nothing in and fetches nothing, and what
+ * is kept of a long run. The runs are played here, with a clock of their own.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "kselftest_harness.h"
+#include "tool.h"
+
+#define MS 1000000ull
+#define PAGE 4096
+
+/* A guest with a working set, and a wire. */
+struct play {
+	double wire;		/* bytes a second */
+	double dirty;		/* pages a second that the guest would write, all of them different */
+	double ceiling;		/* from the second round on; 0: none */
+	uint64_t pages, working_set, held;
+	unsigned int rounds;	/* at most */
+	double pause_s;		/* what is left takes no longer: pause */
+};
+
+FIXTURE(html)
+{
+	struct account account;
+	struct timeline timeline;
+	struct story story;
+	struct kmig_report now;
+	char dir[64], path[128];
+	char *text;
+	size_t length;
+};
+
+FIXTURE_SETUP(html)
+{
+	strcpy(self->dir, "/tmp/kmig-html.XXXXXX");
+	ASSERT_NE(NULL, mkdtemp(self->dir));
+	snprintf(self->path, sizeof(self->path), "%s/report.html", self->dir);
+	self->account.source = true;
+	self->now = (struct kmig_report){ .size = sizeof(self->now), .page_size = PAGE };
+	self->story = (struct story){
+		.account = &self->account, .timeline = &self->timeline, .guest = "vm1", .to = "host2:4760", .error = "",
+		.downtime_ms = 300,
+	};
+	failure_clear();
+}
+
+FIXTURE_TEARDOWN(html)
+{
+	unlink(self->path);
+	rmdir(self->dir);
+	timeline_free(&self->timeline);
+	account_free(&self->account);
+	free(self->text);
+}
+
+static void tell(FIXTURE_DATA(html) *self)
+{
+	self->account.report = self->now;
+	account_progress(&self->account, &self->now);
+	timeline_add(&self->timeline, &self->now);
+}
+
+static void enter(FIXTURE_DATA(html) *self, enum kmig_state state)
+{
+	self->now.state = state;
+	self->now.state_ns[state] = self->now.total_ns;
+	tell(self);
+}
+
+static void play_round(FIXTURE_DATA(html) *self, const struct play *p, uint64_t pages)
+{
+	struct kmig_report *r = &self->now;
+	uint64_t took = (uint64_t)((double)pages * PAGE / p->wire * 1e9) + MS;
+	uint64_t begin = r->total_ns, sent = r->transferred_bytes;
+	struct kmig_round_report round = { .round = ++r->rounds, .dirty_pages = pages, .data_pages = pages,
+					   .bytes = pages * PAGE, .duration_ns = took };
+
+	while (r->total_ns + 250 * MS < begin + took) {
+		r->total_ns += 250 * MS;
+		r->transferred_bytes = sent + (uint64_t)((double)(r->total_ns - begin) / 1e9 * p->wire);
+		r->remaining_bytes = round.bytes - (r->transferred_bytes - sent);
+		tell(self);
+	}
+	r->total_ns = begin + took;
+	r->transferred_bytes = sent + round.bytes;
+	r->remaining_bytes = 0;
+	round.bytes_per_second = (double)round.bytes / (double)took * 1e9;
+	round.dirty_pages_per_second = r->dirty_pages_per_second;
+	round.held_pages = r->held_pages;
+	round.stun_pages_per_second = r->stun_pages_per_second;
+	round.forecast_error = r->rounds > 2 ? 0.04 * r->rounds : 0;
+	if (r->state < KMIG_STATE_BLACKOUT)
+		r->bytes_per_second = round.bytes_per_second;
+	self->account.report = *r;
+	account_progress(&self->account, r);
+	account_round(&self->account, &round);
+	timeline_round(&self->timeline, r, &round);
+}
+
+/* Until the blackout; what is then left is returned. */
+static uint64_t play(FIXTURE_DATA(html) *self, const struct play *p)
+{
+	struct kmig_report *r = &self->now;
+	uint64_t left = p->pages;
+
+	r->ram_bytes = p->pages * PAGE;
+	enter(self, KMIG_STATE_HELLO);
+	r->total_ns = 8 * MS;
+	enter(self, KMIG_STATE_CAPACITY);
+	r->total_ns = 500 * MS;
+	enter(self, KMIG_STATE_CHANNELS);
+	r->setup_ns = r->total_ns = 510 * MS;
+	enter(self, KMIG_STATE_FIRST_PASS);
+	while (r->rounds < p->rounds) {
+		uint64_t begin = r->total_ns;
+		double most = p->dirty, dirty;
+
+		if (r->stun_pages_per_second > 0 && r->stun_pages_per_second < most)
+			most = r->stun_pages_per_second;
+		play_round(self, p, left);
+		dirty = most * (double)(r->total_ns - begin) / 1e9;
+		if (dirty > (double)p->working_set)
+			dirty = (double)p->working_set;
+		left = (uint64_t)dirty;
+		r->dirty_pages_per_second = dirty / (double)(r->total_ns - begin) * 1e9;
+		r->remaining_bytes = left * PAGE;
+		if (left * PAGE / p->wire <= p->pause_s)
+			break;
+		r->stun_pages_per_second = p->ceiling;
+		r->held_pages = p->held;
+		if (r->state != KMIG_STATE_ITERATION)
+			enter(self, KMIG_STATE_ITERATION);
+		if (!r->forecast.total_ns)
+			r->forecast = (struct kmig_forecast){ .converges = true, .rounds = 5, .bytes = 3 * left * PAGE,
+				.total_ns = (uint64_t)((double)(3 * left * PAGE) / p->wire * 1e9), .downtime_ns = 280 * MS,
+				.stun_pages_per_second = p->ceiling };
+	}
+	return left;
+}
+
+static void complete(FIXTURE_DATA(html) *self, const struct play *p, uint64_t left)
+{
+	struct kmig_report *r = &self->now;
+	struct kmig_downtime *d = &r->downtime;
+
+	left += r->held_pages;
+	r->stun_pages_per_second = 0;
+	enter(self, KMIG_STATE_BLACKOUT);
+	r->total_ns += d->pause_ns = 2 * MS;
+	r->total_ns += d->save_ns = 24 * MS;
+	play_round(self, p, left);
+	d->memory_ns = r->total_ns - r->state_ns[KMIG_STATE_BLACKOUT] - 26 * MS;
+	r->held_pages = 0;
+	enter(self, KMIG_STATE_CHECK);
+	r->total_ns += d->digest_ns = 11 * MS;
+	r->total_ns += d->load_ns = 31 * MS;
+	r->total_ns += d->commit_ns = 1 * MS;
+	r->total_ns += d->resume_ns = 700000;
+	r->downtime_ns = r->total_ns - r->state_ns[KMIG_STATE_BLACKOUT];
+	enter(self, KMIG_STATE_CLEANUP);
+	r->total_ns += 40 * MS;
+	r->verdict = KMIG_COMPLETED;
+	r->decision = "what is left fits the downtime";
+	r->guest = (struct kmig_guest_cost){ .write_faults = 48211, .fault_ns = 210 * MS };
+	if (p->ceiling > 0) {
+		r->guest.stuns = 9120;
+		r->guest.stun_ns = r->total_ns / 2;
+		r->guest.stun_max_ns = 10 * MS;
+		r->guest.threads = 2;
+		r->guest.thread[0].id = 4711;
+		r->guest.thread[0].stuns = 7000;
+		r->guest.thread[0].stun_ns = r->total_ns / 3;
+		r->guest.thread[1].id = 4712;
+		r->guest.thread[1].stuns = 2120;
+		r->guest.thread[1].stun_ns = r->total_ns / 6;
+	}
+	tell(self);
+}
+
+static void fail_with(FIXTURE_DATA(html) *self, const char *error)
+{
+	self->now.verdict = KMIG_FAILED;
+	self->now.total_ns += 10 * MS;
+	tell(self);
+	self->story.error = error;
+}
+
+/* Written, read again, and seen to be well-formed by somebody else, where there is one. */
+static void read_back(struct __test_metadata *_metadata, FIXTURE_DATA(html) *self)
+{
+	static const char check[] = "python3 -c 'import sys, xml.etree.ElementTree as e; e.parse(sys.argv[1])' ";
+	char command[256];
+	struct stat st;
+	FILE *file;
+
+	ASSERT_EQ(0, html_write(&self->story, self->path)) TH_LOG("%s", failure());
+	ASSERT_EQ(0, stat(self->path, &st));
+	free(self->text);
+	self->text = calloc(1, (size_t)st.st_size + 1);
+	file = fopen(self->path, "r");
+	ASSERT_NE(NULL, file);
+	self->length = fread(self->text, 1, (size_t)st.st_size, file);
+	fclose(file);
+	ASSERT_EQ((size_t)st.st_size, self->length);
+	EXPECT_EQ(self->length, strlen(self->text));
+	if (!system("command -v python3 >/dev/null")) {
+		snprintf(command, sizeof(command), "%s%s", check, self->path);
+		EXPECT_EQ(0, system(command));
+	}
+}
+
+static const char *find(FIXTURE_DATA(html) *self, const char *what)
+{
+	return strstr(self->text, what);
+}
+
+/* Nothing that is no number is drawn, nothing is fetched, nothing runs. */
+static void look(struct __test_metadata *_metadata, FIXTURE_DATA(html) *self)
+{
+	static const char *const never[] = {
+		"nan", "inf\"", "-inf", "http:", "https:", "//", "src=", "href=", "url(", "@import", "<script", "<link",
+		" onload", " onerror", " onclick", "style=\"width:-",
+	};
+	size_t i;
+
+	read_back(_metadata, self);
+	for (i = 0; i < sizeof(never) / sizeof(never[0]); i++) {
+		const char *at = find(self, never[i]);
+
+		EXPECT_EQ(NULL, at) TH_LOG("it has: %.60s", at);
+	}
+}
+
+TEST_F(html, stunned)
+{
+	struct play p = { .wire = 118e6, .dirty = 144000, .ceiling = 14400, .pages = 2048 << 8, .working_set = 400000,
+			  .held = 2100, .rounds = 30, .pause_s = 0.12 };
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "Moved:</span> <span class=\"name\">vm1</span> to <span class=\"name\">host2:4760"));
+	EXPECT_NE(NULL, find(self, "the most it was let dirty"));
+	EXPECT_NE(NULL, find(self, "held back until the pause"));
+	EXPECT_NE(NULL, find(self, "\"good\">within the limit of 300 ms<"));
+	EXPECT_NE(NULL, find(self, ">device state out</text>"));
+	EXPECT_NE(NULL, find(self, "What the guest felt"));
+	EXPECT_NE(NULL, find(self, "<td>4711</td>"));
+	EXPECT_NE(NULL, find(self, ">guest paused 253 ms</text>"));
+	EXPECT_NE(NULL, find(self, "The forecast, and what came"));
+}
+
+TEST_F(html, short_run)
+{
+	struct play p = { .wire = 1.1e9, .dirty = 2000, .pages = 128 << 8, .working_set = 3000, .rounds = 30,
+			  .pause_s = 0.0005 };
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	EXPECT_EQ(NULL, find(self, "(stun)"));
+	EXPECT_EQ(NULL, find(self, "held back"));
+	EXPECT_NE(NULL, find(self, ">600</text>"));
+}
+
+TEST_F(html, one_round)
+{
+	struct play p = { .wire = 118e6, .pages = 256 << 8, .rounds = 30, .pause_s = 1 };
+
+	self->story.downtime_ms = 20;
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "\"bad\">above the limit of 20 ms<"));
+	EXPECT_EQ(NULL, find(self, "The forecast"));
+}
+
+/* It fails in the midst of a round, with words that would be more than words. */
+TEST_F(html, hostile)
+{
+	static const char error[] =
+		"</p><script>alert('1')</script><img src=x onerror=\"a()\"> &amp; ]]> --> \x01\x1b \x80\xff \xc0\xaf "
+		"\xed\xa0\x80 \xef\xbf\xbf\xef\xbf\xbe \xf5\x80\x80\x80 \xc3\xa4 \xf0\x9f\x98\x80 \xe2\x82";
+	static const char escaped[] =
+		">&lt;/p&gt;&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&lt;img src=x onerror=&quot;a()&quot;&gt; "
+		"&amp;amp; ]]&gt; --&gt; &#xfffd;&#xfffd; &#xfffd;&#xfffd; &#xfffd;&#xfffd; &#xfffd;&#xfffd;&#xfffd; "
+		"&#xfffd;&#xfffd;&#xfffd;&#xfffd;&#xfffd;&#xfffd; &#xfffd;&#xfffd;&#xfffd;&#xfffd; \xc3\xa4 \xf0\x9f\x98\x80 &#xfffd;&#xfffd;</p>";
+	struct play p = { .wire = 118e6, .dirty = 40000, .pages = 512 << 8, .working_set = 50000, .rounds = 3 };
+
+	play(self, &p);
+	self->now.total_ns += 700 * MS;
+	self->now.transferred_bytes += 80000000;
+	self->now.remaining_bytes -= 80000000;
+	self->story.guest = "<b>vm</b>\"'&";
+	self->story.to = "http://x\x1b[31m";
+	fail_with(self, error);
+	read_back(_metadata, self);
+	EXPECT_NE(NULL, find(self, escaped));
+	EXPECT_NE(NULL, find(self, "Not moved:</span> <span class=\"name\">&lt;b&gt;vm&lt;/b&gt;&quot;&#39;&amp;</span>"));
+	EXPECT_NE(NULL, find(self, ">http://x&#xfffd;[31m</span>"));
+	EXPECT_EQ(NULL, find(self, "downtime was made of"));
+}
+
+/* Days of it: what is kept does not grow, and is still all of it. */
+TEST_F(html, thousands_of_rounds)
+{
+	struct play p = { .wire = 118e6, .dirty = 60000, .pages = 512 << 8, .working_set = 50000, .rounds = 5000 };
+	struct timeline *t = &self->timeline;
+	size_t i;
+
+	complete(self, &p, play(self, &p));
+	EXPECT_EQ(5001, t->rounds);
+	EXPECT_LE(TIMELINE_MAX / 4, t->count);
+	EXPECT_GE(TIMELINE_MAX, t->count);
+	EXPECT_EQ(0, t->sample[0].at_ns);
+	EXPECT_EQ(self->now.total_ns, t->sample[t->count - 1].at_ns);
+	EXPECT_EQ(self->now.transferred_bytes, t->sample[t->count - 1].transferred_bytes);
+	for (i = 1; i < t->count; i++)
+		ASSERT_LE(t->sample[i - 1].at_ns, t->sample[i].at_ns) TH_LOG("sample %zu", i);
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "4951 rounds are left out here"));
+	EXPECT_NE(NULL, find(self, "<td>1</td>"));
+	EXPECT_NE(NULL, find(self, "<td>5001 <small>paused</small></td>"));
+	EXPECT_GE(1 << 20, self->length);
+}
+
+/* Whatever the number of samples is, the first and the last are there. */
+TEST(thinning)
+{
+	struct timeline *t = calloc(1, sizeof(*t));
+	struct kmig_report now = { 0 };
+	uint64_t n;
+
+	for (n = 1; n <= 20 * TIMELINE_MAX; n++) {
+		now.total_ns = 10 * n;
+		timeline_add(t, &now);
+		ASSERT_EQ(10, t->sample[0].at_ns);
+		ASSERT_EQ(now.total_ns, t->sample[t->count - 1].at_ns);
+		ASSERT_GE(TIMELINE_MAX, t->count);
+		ASSERT_TRUE(n <= TIMELINE_MAX ? t->count == n : t->count > TIMELINE_MAX / 2 - 1);
+	}
+	/* A clock that goes back would draw a line that does. */
+	now.total_ns = 11;
+	timeline_add(t, &now);
+	EXPECT_EQ(10 * 20 * TIMELINE_MAX, t->sample[t->count - 1].at_ns);
+	timeline_free(t);
+	free(t);
+}
+
+TEST_F(html, empty)
+{
+	self->story.error = "no /dev/lmtrack";
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "Nothing was sent."));
+	tell(self);
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "Nothing was sent."));
+	/* Nothing but that time went by; and then only that it began. */
+	fail_with(self, "no destination");
+	look(_metadata, self);
+	EXPECT_NE(NULL, find(self, "Nothing was sent."));
+	enter(self, KMIG_STATE_FIRST_PASS);
+	look(_metadata, self);
+	EXPECT_EQ(NULL, find(self, "Nothing was sent."));
+	EXPECT_NE(NULL, find(self, "no destination"));
+}
+
+TEST_F(html, not_writable)
+{
+	char text[256];
+
+	strcpy(self->path, "/proc/nowhere/x.html");
+	EXPECT_EQ(-ENOENT, html_write(&self->story, self->path));
+	snprintf(text, sizeof(text), "report %s: No such file or directory", self->path);
+	EXPECT_STREQ(text, failure());
+}
+
+TEST_HARNESS_MAIN
