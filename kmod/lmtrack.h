@@ -93,10 +93,19 @@ struct lmtrack_chunk {
 /* Another: has held pages. */
 #define LMTRACK_CHUNK_HELD	XA_MARK_1
 
+/**
+ * struct lmtrack_region_counters - of one processor
+ * @write_faults: as in struct lmtrack_region_stats
+ * @fault_ns:	same
+ * @dirtied:	same
+ * @marked:	the folio that page_mkwrite last marked here, until dirty_folio is told of it;
+ *		compared, never dereferenced
+ */
 struct lmtrack_region_counters {
 	u64 write_faults;
 	u64 fault_ns;
 	u64 dirtied;
+	const struct folio *marked;
 };
 
 /**

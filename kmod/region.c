@@ -156,6 +156,7 @@ static vm_fault_t region_page_mkwrite(struct vm_fault *vmf)
 	this_cpu_inc(region->counters->write_faults);
 	trace_lmtrack_fault(region->id, vmf->pgoff);
 	dirtied = lmtrack_mark_dirty(region, vmf->pgoff);
+	this_cpu_write(region->counters->marked, folio);
 	lmtrack_stun_fault(region, vmf->pgoff, dirtied, began);
 	return VM_FAULT_LOCKED;
 }
@@ -194,13 +195,22 @@ const struct vm_operations_struct lmtrack_vm_ops_tracked = {
 
 /*
  * Whoever wrote without a page table entry of its own (ptrace, a driver that held the page)
- * says so here afterwards.
+ * says so here afterwards. So does every write fault, still under the folio's lock, and need
+ * not be marked twice.
+ *
+ * A fault that came to nothing after page_mkwrite leaves @marked behind, and one of the others
+ * may be taken for it. No write is lost by that: who writes so holds a reference to the page
+ * and got it through a writable entry, when the page was marked; and a harvest marks a page
+ * again that it finds held. That the page is marked here, too, is for the one whom neither of
+ * these would notice.
  */
 static bool region_dirty_folio(struct address_space *mapping, struct folio *folio)
 {
 	struct lmtrack_region *region = region_of_mapping(mapping);
 
-	if (READ_ONCE(region->state) != LMTRACK_IDLE) {
+	if (this_cpu_read(region->counters->marked) == folio) {
+		this_cpu_write(region->counters->marked, NULL);
+	} else if (READ_ONCE(region->state) != LMTRACK_IDLE) {
 		/* The caller's data are there before we look whether the page is marked already. */
 		smp_mb();
 		lmtrack_mark_dirty(region, folio->index);
