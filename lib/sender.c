@@ -31,7 +31,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-#define WAIT_MS 1000
+#define WAIT_MS 5000
 /* Below this pinning pages and hearing of them costs more than copying. */
 #define ZEROCOPY_MIN (16u << 10)
 /* The kernel takes the whole of a send for locked, however much of it found room. */

@@ -277,13 +277,9 @@ static int protect(struct pagemap *pagemap, const struct kmig_region *region, ui
 		.mode = UFFDIO_WRITEPROTECT_MODE_WP,
 	};
 
-	for (;;) {
-		if (!ioctl(pagemap->uffd, UFFDIO_WRITEPROTECT, &wp))
-			return 0;
-		/* The address space is being changed by another thread: it ends soon. */
-		if (errno != EAGAIN && errno != EINTR)
-			return kmig_fail(region->ctx, -errno, "region %s: protecting its pages: %s", region->name, strerror(errno));
-	}
+	if (ioctl(pagemap->uffd, UFFDIO_WRITEPROTECT, &wp))
+		return kmig_fail(region->ctx, -errno, "region %s: protecting its pages: %s", region->name, strerror(errno));
+	return 0;
 }
 
 /* What is to be taken of a chunk; nothing is changed. */

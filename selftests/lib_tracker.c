@@ -908,7 +908,7 @@ TEST_F(tracker, stun_and_what_was_felt)
 	begin = kmig_now_ns();
 	for (uint64_t page = 510; page < 1020; page++)
 		STORE(0, page * PAGE_BYTES, page);
-	EXPECT_GT(kmig_ms(200), kmig_now_ns() - begin);
+	EXPECT_GT(kmig_ms(400), kmig_now_ns() - begin);
 }
 #else
 
@@ -1016,7 +1016,7 @@ TEST_F(tracker, cancelled_while_it_waits_for_room)
 	begin = kmig_now_ns();
 	kmig_tracker_cancel(self->tracker);
 	EXPECT_EQ(-ECANCELED, await(self->tracker, &self->round));
-	EXPECT_GT(kmig_ms(500), kmig_now_ns() - begin);
+	EXPECT_GT(kmig_ms(3000), kmig_now_ns() - begin);
 	EXPECT_EQ(-1, self->round.channel);
 	EXPECT_EQ(-EPIPE, kmig_tracker_send(self->tracker, 2, KMIG_SEND_ALL, 0));
 	PEERS_DEAF(false);
