@@ -4,6 +4,7 @@
  * is kept of a long run. The runs are played here, with a clock of their own.
  */
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -252,6 +253,7 @@ TEST_F(html, stunned)
 	EXPECT_NE(NULL, find(self, "What the guest felt"));
 	EXPECT_NE(NULL, find(self, "<td>4711</td>"));
 	EXPECT_NE(NULL, find(self, ">guest paused 253 ms</text>"));
+	EXPECT_NE(NULL, find(self, "<b>118 MB/s</b>"));
 	EXPECT_NE(NULL, find(self, "The forecast, and what came"));
 }
 
@@ -376,6 +378,35 @@ TEST_F(html, not_writable)
 	EXPECT_EQ(-ENOENT, html_write(&self->story, self->path));
 	snprintf(text, sizeof(text), "report %s: No such file or directory", self->path);
 	EXPECT_STREQ(text, failure());
+}
+
+/* Which report is meant, the ending says; one does not stand for the other. */
+TEST_F(html, command)
+{
+	char self_path[PATH_MAX], command[2 * PATH_MAX];
+	ssize_t n = readlink("/proc/self/exe", self_path, sizeof(self_path) - 1);
+	struct stat st;
+
+	ASSERT_LT(0, n);
+	self_path[n] = '\0';
+	*strrchr(self_path, '/') = '\0';
+	/* Nothing listens there: it fails, and tells of it in all ways. */
+	snprintf(command, sizeof(command),
+		 "cd %s && (umask 077; echo 0123456789abcdef >secret) && "
+		 "%s/../tools/kmig qemu migrate --qmp './<none>' --to ::1 --secret secret --report report.html --report json "
+		 ">/dev/null 2>&1; test $? = 1 && rm secret && grep -q '\"status\": \"failed\"' json && rm json",
+		 self->dir, self_path);
+	EXPECT_EQ(0, system(command)) TH_LOG("%s", command);
+	EXPECT_EQ(0, stat(self->path, &st));
+	snprintf(command, sizeof(command), "grep -q 'Not moved:.*./&lt;none&gt;.* to .*\\[::1\\]:4760' %s", self->path);
+	EXPECT_EQ(0, system(command)) TH_LOG("%s", command);
+	/* A page that cannot be written is told of. */
+	snprintf(command, sizeof(command),
+		 "cd %s && (umask 077; echo 0123456789abcdef >secret) && "
+		 "%s/../tools/kmig qemu migrate --qmp none --to ::1 --secret secret --report none/x.html 2>&1 >/dev/null |"
+		 "grep -q 'kmig: report none/x.html: No such file or directory'; ret=$?; rm secret; exit $ret",
+		 self->dir, self_path);
+	EXPECT_EQ(0, system(command)) TH_LOG("%s", command);
 }
 
 TEST_HARNESS_MAIN

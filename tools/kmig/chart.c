@@ -259,10 +259,12 @@ static void put_dirty_rate(const struct chart *c, const struct story *story)
 	fputs("\"/>\n", c->f);
 }
 
+/* It is taken away when the pause begins; what the samples tell is what would go on. */
 static void put_ceiling(const struct chart *c, const struct story *story)
 {
 	const struct timeline *t = story->timeline;
-	double page = story->account->report.page_size;
+	const struct kmig_report *r = &story->account->report;
+	uint64_t pause = r->state_ns[KMIG_STATE_BLACKOUT];
 	bool drawing = false;
 	size_t i;
 
@@ -272,9 +274,12 @@ static void put_ceiling(const struct chart *c, const struct story *story)
 
 		/* It holds until a sample tells otherwise. */
 		if (drawing)
-			fprintf(c->f, "H%.1f", x_of(c, (double)s->at_ns));
+			fprintf(c->f, "H%.1f", fmin(x_of(c, (double)s->at_ns), pause ? x_of(c, (double)pause) : WIDTH));
+		if (pause && s->at_ns >= pause)
+			break;
 		if (s->ceiling > 0)
-			fprintf(c->f, "%c%.1f %.1f", drawing ? 'L' : 'M', x_of(c, (double)s->at_ns), y_of(c, s->ceiling * page));
+			fprintf(c->f, "%c%.1f %.1f", drawing ? 'L' : 'M', x_of(c, (double)s->at_ns),
+				y_of(c, s->ceiling * r->page_size));
 		drawing = s->ceiling > 0;
 	}
 	fputs("\"/>\n", c->f);
@@ -478,15 +483,15 @@ void put_downtime(FILE *f, const struct story *story)
 		WIDTH, foot + 18);
 	put_mark(f, "axis", PART_LABEL, PART_TOP - 4, foot);
 	put_mark(f, "grid", PART_LABEL + total * scale, PART_TOP - 4, foot);
+	if (show_limit) {
+		put_mark(f, "ceiling", PART_LABEL + limit * scale, PART_TOP - 8, foot);
+		fprintf(f, "<text class=\"mid\" x=\"%.1f\" y=\"10\">limit %.0f ms</text>\n", PART_LABEL + limit * scale, limit);
+	}
 	for (i = 0; i < parts; i++) {
 		put_part(f, &part[i], x, PART_TOP + PART_ROW * (double)i, ms(part[i].ns) * scale);
 		x += ms(part[i].ns) * scale;
 	}
 	fprintf(f, "<text class=\"ink end\" x=\"%.1f\" y=\"%.0f\">%.1f ms in all</text>\n", PART_LABEL + total * scale,
 		foot + 14, total);
-	if (show_limit) {
-		put_mark(f, "ceiling", PART_LABEL + limit * scale, PART_TOP - 8, foot);
-		fprintf(f, "<text class=\"mid\" x=\"%.1f\" y=\"10\">limit %.0f ms</text>\n", PART_LABEL + limit * scale, limit);
-	}
 	fputs("</svg></section>\n", f);
 }

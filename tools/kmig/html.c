@@ -47,7 +47,7 @@ static const char head[] =
 	".key { display: flex; flex-wrap: wrap; gap: 2px 20px; font-size: 13px; color: var(--soft); margin: 0 0 4px; }\n"
 	".key svg { width: 22px; height: 10px; margin-right: 6px; }\n"
 	"svg.chart { display: block; width: 100%; height: auto; }\n"
-	"svg text { fill: var(--soft); font-size: 12px; } svg text.ink { fill: var(--ink); }\n"
+	"svg text { fill: var(--soft); font-size: 12px; stroke: var(--back); stroke-width: 3px; paint-order: stroke; } svg text.ink { fill: var(--ink); }\n"
 	"svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }\n"
 	".grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }\n"
 	".band { fill: var(--band); } .clear { fill: transparent; }\n"
@@ -347,7 +347,10 @@ static void __attribute__((format(printf, 3, 4))) put_tile(FILE *f, const char *
 static void put_tiles(FILE *f, const struct story *story)
 {
 	const struct kmig_report *r = &story->account->report;
+	const struct timeline *t = story->timeline;
+	double sent = 0, took = 0;
 	char one[32], two[48];
+	size_t i;
 
 	fputs("<div class=\"tiles\">\n", f);
 	put_tile(f, duration(r->total_ns, one), "in all, of it %s set-up", duration(r->setup_ns, two));
@@ -360,9 +363,13 @@ static void put_tiles(FILE *f, const struct story *story)
 				 ms(r->downtime_ns) <= story->downtime_ms ? "within" : "above", story->downtime_ms);
 	}
 	put_tile(f, bytes(r->transferred_bytes, one), "sent, of a guest with %s", bytes(r->ram_bytes, two));
-	if (r->bytes_per_second > 0) {
-		snprintf(two, sizeof(two), "%s MB/s", rate(r->bytes_per_second, one));
-		put_tile(f, two, "on the wire, in %u round%s", r->rounds, r->rounds == 1 ? "" : "s");
+	for (i = 0; i < t->rounds; i++) {
+		sent += (double)t->round[i].report.bytes;
+		took += (double)t->round[i].report.duration_ns;
+	}
+	if (took > 0) {
+		snprintf(two, sizeof(two), "%s MB/s", rate(sent / took * 1e9, one));
+		put_tile(f, two, "on the wire, over %zu round%s", t->rounds, t->rounds == 1 ? "" : "s");
 	}
 	if (r->guest.stuns)
 		put_tile(f, duration(r->guest.stun_ns, one), "the guest was held up, all threads together");

@@ -29,7 +29,7 @@ struct footprint {
 struct migration {
 	struct kmig_source_opts opts;
 	struct endpoint to;
-	const char *qmp, *secret_path, *report_path;
+	const char *qmp, *secret_path, *report_path, *page_path;
 	char secret[SECRET_MAX];
 	bool json, verbose;
 
@@ -39,6 +39,7 @@ struct migration {
 	struct kmig_region *region;
 	struct kmig_source *source;
 	struct account account;
+	struct timeline *timeline;
 	struct progress progress;
 	struct footprint *footprint;
 	bool lost;		/* QEMU does not answer any more */
@@ -87,6 +88,7 @@ static void progress(const struct kmig_report *report, void *data)
 
 	m->footprint->state = report->state;
 	account_progress(&m->account, report);
+	timeline_add(m->timeline, report);
 	progress_update(&m->progress, report);
 }
 
@@ -98,6 +100,7 @@ static void round_done(const struct kmig_round_report *round, void *data)
 	kmig_source_report(m->source, &m->account.report);
 	account_progress(&m->account, &m->account.report);
 	account_round(&m->account, round);
+	timeline_round(m->timeline, &m->account.report, round);
 	progress_round(&m->progress, round);
 }
 
@@ -202,6 +205,44 @@ static int tell_outcome(struct migration *m)
 	return EXIT_FAILED;
 }
 
+static bool write_page(const struct migration *m, const char *error)
+{
+	struct kmig_region_info info = KMIG_REGION_INFO_INIT;
+	char to[HOST_MAX + 8];
+	const struct story story = {
+		.account = &m->account,
+		.timeline = m->timeline,
+		.guest = m->region && !kmig_region_get_info(m->region, &info) ? info.name : m->qmp,
+		.to = to,
+		.error = error,
+		.downtime_ms = m->opts.downtime_ms,
+	};
+
+	snprintf(to, sizeof(to), strchr(m->to.host, ':') ? "[%s]:%u" : "%s:%u", m->to.host, m->to.port);
+	return !html_write(&story, m->page_path);
+}
+
+/* All that were asked for, whatever becomes of one of them. */
+static bool write_reports(const struct migration *m, bool failed)
+{
+	char error[1024] = "";
+	bool all = true;
+
+	if (failed)
+		snprintf(error, sizeof(error), "%s", failure());
+	failure_clear();
+	if (report_finish(&m->account, error, m->json, m->report_path)) {
+		say("%s", failure());
+		all = false;
+	}
+	failure_clear();
+	if (m->page_path && !write_page(m, error)) {
+		say("%s", failure());
+		all = false;
+	}
+	return all;
+}
+
 static void tear_down(struct migration *m)
 {
 	kmig_source_free(m->source);
@@ -211,12 +252,13 @@ static void tear_down(struct migration *m)
 	if (m->pidfd >= 0)
 		close(m->pidfd);
 	account_free(&m->account);
+	timeline_free(m->timeline);
 }
 
 static int work(void *data)
 {
 	struct migration *m = data;
-	bool tell = m->json || m->report_path;
+	bool tell = m->json || m->report_path || m->page_path;
 	int ret, code;
 
 	m->account.report.verdict = KMIG_FAILED;
@@ -233,12 +275,8 @@ static int work(void *data)
 		m->lost = m->account.report.verdict != KMIG_UNKNOWN;
 	code = tell_outcome(m);
 	/* An error after the guest has moved has been told, and is none of the migration. */
-	if (tell && report_finish(&m->account, ret ? failure() : "", m->json, m->report_path)) {
-		failure_clear();
-		say("the report could not be written to %s", m->report_path);
-		if (code == EXIT_DONE)
-			code = EXIT_FAILED;
-	}
+	if (tell && !write_reports(m, ret) && code == EXIT_DONE)
+		code = EXIT_FAILED;
 	tear_down(m);
 	return code;
 }
@@ -297,14 +335,29 @@ static const char *const on_timeout[] = {
 	NULL
 };
 
+static struct timeline timeline;
+
 static struct migration asked = {
 	.opts = KMIG_SOURCE_OPTS_INIT,
 	.opts.probe_ms = 500,
 	.to = { .port = KMIG_PORT },
 	.vmm = VMM_INIT,
 	.pidfd = -1,
+	.timeline = &timeline,
 	.account = { .source = true, .report = { .size = sizeof(asked.account.report), .page_size = 4096 } },
 };
+
+static int take_report(const struct opt *opt, const char *text)
+{
+	struct migration *m = opt->value;
+	const char *end = strrchr(text, '.');
+
+	if (end && !strcmp(end, ".html"))
+		m->page_path = text;
+	else
+		m->report_path = text;
+	return 0;
+}
 
 static const struct opt options[] = {
 	OPT_TEXT("qmp", "PATH", &asked.qmp, "QEMU's QMP socket"),
@@ -329,7 +382,8 @@ static const struct opt options[] = {
 	OPT_U32("probe", "MS", &asked.opts.probe_ms, 0, 60000,
 		"watch the guest for so long before anything is sent (500); 0: do not"),
 	OPT_FLAG(0, "no-zero-detection", &asked.opts.no_zero_detection, "do not look for pages that hold only zeroes"),
-	OPT_TEXT("report", "FILE", &asked.report_path, "write the report to FILE as JSON"),
+	{ .name = "report", .argument = "FILE", .take = take_report, .value = &asked,
+	  .help = "write the report to FILE: as a page with charts if that ends in .html, else as JSON" },
 	OPT_FLAG('j', "json", &asked.json, "print the report as JSON"),
 	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state and round"),
 	OPT_END
