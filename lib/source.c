@@ -671,6 +671,12 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 	return 0;
 }
 
+/* Of so many dirty pages, those held back: a held page may have been punched out meanwhile. */
+static uint64_t held_now(const struct kmig_source *source, uint64_t dirty)
+{
+	return source->hot.held < dirty ? source->hot.held : dirty;
+}
+
 /* Look at what is dirty, without changing it; @more: beside what was seen last time. */
 static int peek(struct kmig_source *source, uint64_t *dirty, bool more)
 {
@@ -688,8 +694,9 @@ static int peek(struct kmig_source *source, uint64_t *dirty, bool more)
 			return err;
 		*dirty += found;
 	}
+	/* Those held back have been dirty for longer. */
 	if (!source->paused && seconds > 0)
-		source->report.dirty_pages_per_second = *dirty / seconds;
+		source->report.dirty_pages_per_second = (*dirty - held_now(source, *dirty)) / seconds;
 	source->report.remaining_bytes = *dirty * source->report.page_size;
 	return 0;
 }
@@ -774,7 +781,7 @@ static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision
 	uint64_t now = kmig_now_ns();
 	struct kmig_look look = {
 		.dirty = dirty,
-		.held = source->hot.held < dirty ? source->hot.held : dirty,
+		.held = held_now(source, dirty),
 		.interval_ns = now - source->round_begin_ns,
 		.elapsed_ns = now - source->clock.start_ns,
 		.stunned = has_stunned(source),
@@ -841,7 +848,7 @@ static int iterate(struct kmig_source *source)
 				return err;
 			continue;
 		}
-		err = begin_round(source, KMIG_SEND_DIRTY, 0, dirty - (source->hot.held < dirty ? source->hot.held : dirty));
+		err = begin_round(source, KMIG_SEND_DIRTY, 0, dirty - held_now(source, dirty));
 		if (!err)
 			err = finish_round(source, &round);
 		if (err)
@@ -986,13 +993,22 @@ static int check(struct kmig_source *source)
 	return 0;
 }
 
+/* The module's regions can be watched by anybody, others only by the tracker that they will have. */
+static bool can_probe(const struct kmig_source *source)
+{
+	for (unsigned int i = 0; i < source->count; i++)
+		if (source->regions[i]->kind != KMIG_REGION_LMTRACK)
+			return false;
+	return source->opts.tracker == KMIG_TRACKER_AUTO || source->opts.tracker == KMIG_TRACKER_LMTRACK;
+}
+
 static int migrate(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
 	struct kmig_message message;
 	int err;
 
-	if (source->opts.probe_ms) {
+	if (source->opts.probe_ms && can_probe(source)) {
 		err = kmig_probe_until(source->ctx, source->regions, source->count, source->opts.probe_ms,
 				       source->abort_fd, source->probe, &source->probed);
 		if (err)

@@ -433,7 +433,7 @@ struct kmig_source_opts {
 	double stun_floor;			/* pages a second that the guest may dirty in any case, >= 1 */
 	bool no_stun;
 	bool no_hold_back;
-	uint32_t probe_ms;			/* watch the guest before anything is sent, at most 60000; 0: do not */
+	uint32_t probe_ms;			/* watch the guest before anything is sent, 10 to 60000, if it is lmtrack's; 0: do not */
 };
 #define KMIG_SOURCE_OPTS_INIT { .size = sizeof(struct kmig_source_opts), .channels = 2, \
 	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000, .convergence = 0.5, .stun_floor = 256 }
