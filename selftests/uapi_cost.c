@@ -212,6 +212,7 @@ COST_TEST(untouched_is_free)
 	ASSERT_NE(MAP_FAILED, mmap(NULL, LMTRACK_REGION_SIZE_MAX, PROT_READ | PROT_WRITE,
 				   MAP_SHARED | MAP_NORESERVE, self->fd, 0));
 	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, lmt_start(fd, 0, NULL));
 	small = lmt_stats(fd);
 	huge = lmt_stats(self->fd);
 	EXPECT_EQ(small.kernel_bytes, huge.kernel_bytes);
