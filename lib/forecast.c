@@ -22,6 +22,7 @@
 #define NEAR 1.25		/* intervals that differ by no more say the same */
 #define CEILING_STEP 0.7	/* of the ceiling, when it was still too high */
 #define STEPS 64		/* of the integral */
+#define BEYOND 4		/* points of what is left, beyond the longest interval measured */
 #define TURNS 16		/* until the length of a round is that of what it carries */
 
 void kmig_curve_add(struct kmig_curve *curve, uint64_t interval_ns, uint64_t pages)
@@ -86,15 +87,30 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns)
 	return power_law(points[at - 1], points[at], interval_ns);
 }
 
+static double mean(const struct kmig_curve *curve, double interval_ns)
+{
+	double sum = 0;
+
+	for (int n = 0; n < STEPS; n++)
+		sum += kmig_curve_pages(curve, (n + 0.5) / STEPS * interval_ns);
+	return sum / STEPS;
+}
+
 void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *left)
 {
 	*left = *working_set;
-	for (unsigned int i = 0; i < left->count; i++) {
-		double step = (double)left->points[i].interval_ns / STEPS, sum = 0;
+	for (unsigned int i = 0; i < left->count; i++)
+		left->points[i].pages = mean(working_set, left->points[i].interval_ns);
+	/*
+	 * Of a working set that is exhausted the mean still grows, ever more slowly: the law of its
+	 * last two points would not know that.
+	 */
+	for (int i = 0; i < BEYOND && left->count && left->count < KMIG_CURVE_POINTS; i++) {
+		struct kmig_curve_point last = left->points[left->count - 1];
 
-		for (int n = 0; n < STEPS; n++)
-			sum += kmig_curve_pages(working_set, (n + 0.5) * step);
-		left->points[i].pages = sum / STEPS;
+		last.interval_ns *= 4;
+		last.pages = mean(working_set, last.interval_ns);
+		left->points[left->count++] = last;
 	}
 }
 

@@ -63,9 +63,11 @@ bool kmig_policy_fits(const struct kmig_policy *policy, uint64_t dirty)
 static void measure(struct kmig_policy *policy, const struct kmig_look *look)
 {
 	uint64_t dirty = look->dirty - look->held;
+	double fits = budget_ns(policy) / 1e9 * policy->rate / policy->opts.page_size;
 
-	if (policy->predicted >= 0 && dirty)
-		policy->error = fabs(policy->predicted - dirty) / dirty;
+	/* Below what fits the blackout, being wrong has no consequences. */
+	if (policy->predicted >= 0 && dirty + fits > 0)
+		policy->error = fabs(policy->predicted - dirty) / fmax(dirty, fits);
 	/* What the ceiling allowed says nothing about what the guest would write without it. */
 	if (look->stunned)
 		return;

@@ -168,6 +168,23 @@ TEST(curve_that_is_full_forgets_the_shortest)
 		EXPECT_LT(curve.points[i - 1].interval_ns, curve.points[i].interval_ns);
 }
 
+/* 1000 pages, written within a second: half of a round of one second, all of a long one. */
+TEST(what_rounds_leave)
+{
+	struct kmig_curve set = { 0 }, left;
+
+	kmig_curve_left(&set, &left);
+	EXPECT_EQ(0, left.count);
+	kmig_curve_add(&set, 500000000, 500);
+	kmig_curve_add(&set, 1000000000, 1000);
+	kmig_curve_add(&set, 2000000000, 1000);
+	kmig_curve_left(&set, &left);
+	EXPECT_LT(fabs(kmig_curve_pages(&left, 1e9) - 500), 5);
+	EXPECT_LT(fabs(kmig_curve_pages(&left, 2e9) - 750), 5);
+	EXPECT_LT(fabs(kmig_curve_pages(&left, 32e9) - 984), 5);
+	EXPECT_LE(kmig_curve_pages(&left, 1000e9), 1010);
+}
+
 TEST(curve_that_is_flat_or_steep)
 {
 	struct kmig_curve flat = { 0 }, steep = { 0 };

@@ -335,7 +335,11 @@ struct kmig_round_report {
 	double bytes_per_second, dirty_pages_per_second;
 	uint64_t held_pages;		/* held back from it */
 	double stun_pages_per_second;	/* the ceiling while it was sent; 0: none */
-	double forecast_error;		/* of what it carried: |forecast - came| / came; 0: none was made */
+	/*
+	 * Of what the round before left dirty: |forecast - came| / came, where less than fits the
+	 * blackout counts as that; 0: none was made
+	 */
+	double forecast_error;
 };
 
 /* ---- Source engine ------------------------------------------------------------------ */
