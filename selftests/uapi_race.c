@@ -561,17 +561,31 @@ static void *resizer_thread(void *data)
 	return NULL;
 }
 
-TEST(only_mapping_resized)
+FIXTURE(resized) {
+	int fd;
+};
+
+FIXTURE_SETUP(resized)
+{
+	self->fd = lmt_region(BYTES + PAGE);
+	ASSERT_GE(self->fd, 0);
+}
+
+FIXTURE_TEARDOWN(resized)
+{
+	close(self->fd);
+}
+
+TEST_F_TIMEOUT(resized, only_mapping, 180)
 {
 	uint64_t *shadow = calloc(1, BYTES), bitmap[(PAGES + 64) / 64];
 	struct control *control = calloc(1, sizeof(*control));
 	struct resizer resizer = { .control = control };
 	struct writer writer = { .control = control, .slot = 1, .seed = 1 };
-	int fd = lmt_region(BYTES + PAGE);
 	pthread_t write, resize;
+	int fd = self->fd;
 	char *memory;
 
-	ASSERT_GE(fd, 0);
 	/* Room to grow in place. */
 	memory = mmap(NULL, BYTES + CHUNK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE((void *)memory, MAP_FAILED);
@@ -608,7 +622,6 @@ TEST(only_mapping_resized)
 	EXPECT_GT(resizer.done, 100);
 	fprintf(stderr, "# resized %lu times\n", resizer.done);
 	munmap(memory, BYTES + PAGE);
-	close(fd);
 	free(shadow);
 	free(control);
 }
