@@ -12,8 +12,8 @@
  *	t = (d + M(t)) * p / r + trip
  *
  * but for the first, which sends everything anyway. A ceiling of c pages/s makes W(t) at most
- * c * t, and so M(t) at most c * t / 2. Pre-copy ends when what is left, the pages held back,
- * and what else the blackout costs fit the limit.
+ * c * t, and so M(t) at most c * t / 2. Pre-copy ends when what is left, and the pages held
+ * back, fit the limit less a reserve for what else the blackout costs.
  */
 #include "forecast.h"
 
@@ -116,6 +116,11 @@ void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *le
 
 /* ---- Playing it through ---- */
 
+double kmig_blackout_reserve(double limit_ns, double expected_ns)
+{
+	return fmin(fmax(expected_ns, limit_ns / 4), limit_ns / 2);
+}
+
 static double transfer_ns(const struct kmig_forecast_opts *opts, double pages)
 {
 	return pages * opts->page_size / opts->bytes_per_second * 1e9;
@@ -158,7 +163,8 @@ static void play_through(const struct play *play, struct kmig_forecast *out)
 	const struct kmig_forecast_opts *opts = play->opts;
 	double pages = (double)opts->bytes / opts->page_size;
 	bool first = !opts->under_way;
-	double sent = 0, total = 0, took, rest, carried, blackout;
+	double limit = opts->downtime_ms * 1e6, reserve = kmig_blackout_reserve(limit, opts->blackout_ns);
+	double sent = 0, total = 0, took, rest, carried, pages_ns;
 
 	out->rounds = 0;
 	out->converges = false;
@@ -171,9 +177,10 @@ static void play_through(const struct play *play, struct kmig_forecast *out)
 		total += took;
 		if (!out->rounds++)
 			out->next_pages = rest;
-		blackout = transfer_ns(opts, rest + opts->held_pages) + opts->blackout_ns;
-		if (blackout <= opts->downtime_ms * 1e6) {
-			out->converges = !opts->max_time_ms || (total + blackout) / 1e6 <= opts->max_time_ms;
+		pages_ns = transfer_ns(opts, rest + opts->held_pages);
+		if (pages_ns <= limit - reserve) {
+			out->converges = pages_ns + opts->blackout_ns <= limit &&
+					 (!opts->max_time_ms || (total + pages_ns) / 1e6 <= opts->max_time_ms);
 			break;
 		}
 		if (out->rounds >= opts->max_rounds)
@@ -183,8 +190,8 @@ static void play_through(const struct play *play, struct kmig_forecast *out)
 		pages = rest;
 	}
 	out->bytes = (sent + rest + opts->held_pages) * opts->page_size;
-	out->downtime_ns = blackout;
-	out->total_ns = total + blackout;
+	out->downtime_ns = pages_ns + opts->blackout_ns;
+	out->total_ns = total + out->downtime_ns;
 }
 
 void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *curve,

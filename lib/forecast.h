@@ -32,6 +32,13 @@ void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *le
 void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *left,
 			struct kmig_forecast *out);
 
+/*
+ * What of the downtime is set aside for everything but pages: what that is expected to take, but
+ * a quarter of the limit at least, as much of it comes unforeseen; and half of it at most, or a
+ * slow peer would forbid the blackout for ever.
+ */
+double kmig_blackout_reserve(double limit_ns, double expected_ns);
+
 #define KMIG_PROBE_MS_MIN 10
 #define KMIG_PROBE_MS_MAX 60000
 

@@ -36,21 +36,11 @@ void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_
 		policy->trip_ns = fmax(took_ns - bytes / policy->rate * 1e9, 0);
 }
 
-/*
- * What the blackout takes beside its pages: digests, a round trip and more, so a quarter of the
- * limit is set aside at least; half of it at most, or a slow peer would forbid the blackout for
- * ever.
- */
-static double blackout_ns(const struct kmig_policy *policy)
+static double budget_ns(const struct kmig_policy *policy)
 {
 	double limit = kmig_ms(policy->opts.downtime_ms);
 
-	return fmin(fmax(policy->trip_ns + policy->digest_ns, limit / 4), limit / 2);
-}
-
-static double budget_ns(const struct kmig_policy *policy)
-{
-	return kmig_ms(policy->opts.downtime_ms) - blackout_ns(policy);
+	return limit - kmig_blackout_reserve(limit, policy->trip_ns + policy->digest_ns);
 }
 
 bool kmig_policy_fits(const struct kmig_policy *policy, uint64_t dirty)
@@ -92,7 +82,7 @@ static void forecast(struct kmig_policy *policy, const struct kmig_look *look)
 	ahead.bytes_per_second = policy->rate;
 	ahead.downtime_ms = opts->downtime_ms;
 	ahead.trip_ns = policy->trip_ns;
-	ahead.blackout_ns = blackout_ns(policy);
+	ahead.blackout_ns = policy->trip_ns + policy->digest_ns;
 	ahead.max_rounds = policy->rounds < opts->max_rounds ? opts->max_rounds - policy->rounds : 1;
 	if (opts->max_time_ms)
 		ahead.max_time_ms = elapsed_ms < opts->max_time_ms ? opts->max_time_ms - elapsed_ms : 1;

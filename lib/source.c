@@ -20,6 +20,7 @@
 #include <sys/eventfd.h>
 
 #define TICK_MS 100
+#define PAUSE_DELAY_US 1000	/* longest delay of a guest that is about to be paused */
 #define PASSES_MAX 3		/* digest passes before the blackout need not leave less behind */
 #define LAST_ROUNDS_MAX 8	/* rounds while paused until nothing is dirty any more */
 /*
@@ -736,7 +737,7 @@ static int release_guest(struct kmig_source *source)
 	int err = 0;
 
 	if (source->stunned)
-		err = kmig_tracker_stun(source->tracker, 0);
+		err = kmig_tracker_stun(source->tracker, 0, 0);
 	source->stunned = false;
 	return err;
 }
@@ -748,7 +749,7 @@ static int carry_out(struct kmig_source *source)
 	int err = 0;
 
 	if (policy->opts.can_stun && (policy->ceiling > 0 || source->stunned)) {
-		err = kmig_tracker_stun(source->tracker, policy->ceiling);
+		err = kmig_tracker_stun(source->tracker, policy->ceiling, 0);
 		source->stunned = policy->ceiling > 0;
 	}
 	if (!policy->opts.can_hold)
@@ -862,15 +863,24 @@ static int pause_guest(struct kmig_source *source)
 {
 	int err;
 
-	err = release_guest(source);
-	if (err)
-		return err;
 	source->paused_ns = source->lap_ns = kmig_now_ns();
+	/*
+	 * Not released yet: until it stands it would dirty more than the blackout was planned for.
+	 * But a vCPU that sleeps cannot be paused.
+	 */
+	if (source->stunned) {
+		err = kmig_tracker_stun(source->tracker, source->policy.ceiling, PAUSE_DELAY_US);
+		if (err)
+			return err;
+	}
 	enter(source, KMIG_STATE_BLACKOUT);
 	source->paused = true;
 	err = source->ops.pause(source->data);
 	if (err)
 		return kmig_fail(source->ctx, err, "the guest could not be paused: %s", strerror(-err));
+	err = release_guest(source);
+	if (err)
+		return err;
 	source->report.downtime.pause_ns = lap(source);
 	return kmig_control_send(&source->control, LMTRACK_MSG_PAUSED, NULL, 0);
 }

@@ -88,8 +88,11 @@ struct kmig_tracker_ops {
 	/* Cancels, waits for the threads, stops tracking. */
 	void (*free)(struct kmig_tracker *tracker);
 
-	/* Let so many pages a second become dirty, in all regions together; 0: as many as will. */
-	int (*stun)(struct kmig_tracker *tracker, uint64_t pages_per_second);
+	/*
+	 * Let so many pages a second become dirty, in all regions together; 0: as many as will.
+	 * @delay_us: no thread is delayed for longer at once; 0: as the tracker sees fit.
+	 */
+	int (*stun)(struct kmig_tracker *tracker, uint64_t pages_per_second, unsigned int delay_us);
 	/*
 	 * Pages of a region that rounds leave out, and leave dirty, until one is sent with
 	 * KMIG_SEND_HELD. Replaces what was said before; NULL: none. Between rounds only.
@@ -164,9 +167,10 @@ static inline void kmig_tracker_free(struct kmig_tracker *tracker)
 		tracker->ops->free(tracker);
 }
 
-static inline int kmig_tracker_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
+static inline int kmig_tracker_stun(struct kmig_tracker *tracker, uint64_t pages_per_second,
+				    unsigned int delay_us)
 {
-	return tracker->ops->stun ? tracker->ops->stun(tracker, pages_per_second) : -EOPNOTSUPP;
+	return tracker->ops->stun ? tracker->ops->stun(tracker, pages_per_second, delay_us) : -EOPNOTSUPP;
 }
 
 static inline int kmig_tracker_hold(struct kmig_tracker *tracker, unsigned int region, const uint64_t *bitmap)

@@ -167,7 +167,7 @@ static int lmtrack_channel_stats(struct kmig_tracker *tracker, uint32_t channel,
  * page per longest delay: with many threads and a low ceiling the delay has to be longer, or
  * the ceiling would not hold.
  */
-static int lmtrack_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
+static int lmtrack_stun(struct kmig_tracker *tracker, uint64_t pages_per_second, unsigned int delay_us)
 {
 	const struct kmig_tracker_config *config = &tracker->config;
 	struct lmtrack *lmtrack = lmtrack_of(tracker);
@@ -189,8 +189,8 @@ static int lmtrack_stun(struct kmig_tracker *tracker, uint64_t pages_per_second)
 			err = stun_stats(config->regions[i], &stats, NULL, 0);
 			if (err)
 				break;
-			set.max_delay_us = LMTRACK_STUN_DELAY_DEFAULT_US;
-			if (stats.threads_known * 1000000 / set.rate > set.max_delay_us)
+			set.max_delay_us = delay_us ? delay_us : LMTRACK_STUN_DELAY_DEFAULT_US;
+			if (!delay_us && stats.threads_known * 1000000 / set.rate > set.max_delay_us)
 				set.max_delay_us = LMTRACK_STUN_DELAY_MAX_US;
 		}
 		if (ioctl(config->regions[i]->fd, LMTRACK_STUN_SET, &set) < 0)

@@ -1067,7 +1067,7 @@ TEST_F(tracker, wrong_order)
 	EXPECT_EQ(-EINVAL, kmig_tracker_send(self->tracker, 1, KMIG_SEND_DIRTY, 0));
 	EXPECT_EQ(-EINVAL, kmig_tracker_channel_stats(self->tracker, variant->channels, &stats));
 	EXPECT_EQ(0, kmig_tracker_held(self->tracker));
-	EXPECT_EQ(ON_LMTRACK ? 0 : -EOPNOTSUPP, kmig_tracker_stun(self->tracker, 1));
+	EXPECT_EQ(ON_LMTRACK ? 0 : -EOPNOTSUPP, kmig_tracker_stun(self->tracker, 1, 0));
 }
 
 #ifndef ON_MODULE
