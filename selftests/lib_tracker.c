@@ -890,12 +890,12 @@ TEST_F(tracker, stun_and_what_was_felt)
 	FILL();
 	START();
 	SEND_ALL();
-	ASSERT_EQ(0, kmig_tracker_stun(self->tracker, 1000));
+	ASSERT_EQ(0, kmig_tracker_stun(self->tracker, 1000, 0));
 	begin = kmig_now_ns();
 	for (uint64_t page = 0; page < 510; page++)
 		STORE(0, page * PAGE_BYTES, page);
 	EXPECT_LT(kmig_ms(400), kmig_now_ns() - begin);
-	ASSERT_EQ(0, kmig_tracker_stun(self->tracker, 0));
+	ASSERT_EQ(0, kmig_tracker_stun(self->tracker, 0, 0));
 	ASSERT_EQ(0, kmig_tracker_stats(self->tracker, &stats));
 	EXPECT_LE(510, stats.write_faults);
 	EXPECT_GT(1000, stats.write_faults);
