@@ -61,11 +61,14 @@ static int hold_clear_all(struct lmtrack_region *region, struct file *file)
 	int ret = 0;
 
 	while (!ret && xa_find(&region->chunks, &index, ULONG_MAX, LMTRACK_CHUNK_HELD)) {
-		mutex_lock(&region->harvest_lock);
+		if (mutex_lock_killable(&region->harvest_lock))
+			return -EINTR;
 		ret = lmtrack_track_check(region, file);
 		if (!ret)
 			lmtrack_hold_forget(region, xa_load(&region->chunks, index), index);
 		mutex_unlock(&region->harvest_lock);
+		/* On to the next, though another thread may hold pages of this one again. */
+		index++;
 		cond_resched();
 	}
 	return ret;
