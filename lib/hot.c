@@ -4,6 +4,8 @@
 
 int kmig_hot_start(struct kmig_hot *hot, struct kmig_region *const *regions, unsigned int count)
 {
+	bool failed = false;
+
 	memset(hot, 0, sizeof(*hot));
 	for (unsigned int i = 0; i < count; i++) {
 		uint64_t words = kmig_words(kmig_region_pages(regions[i]));
@@ -13,17 +15,13 @@ int kmig_hot_start(struct kmig_hot *hot, struct kmig_region *const *regions, uns
 		hot->hold[i] = calloc(words, sizeof(uint64_t));
 		for (int bit = 0; bit < KMIG_HOT_BITS; bit++) {
 			hot->looks[bit][i] = calloc(words, sizeof(uint64_t));
-			if (hot->looks[bit][i])
-				continue;
-			kmig_hot_stop(hot);
-			return -ENOMEM;
+			failed |= !hot->looks[bit][i];
 		}
-		if (!hot->hold[i]) {
-			kmig_hot_stop(hot);
-			return -ENOMEM;
-		}
+		failed |= !hot->hold[i];
 	}
-	return 0;
+	if (failed)
+		kmig_hot_stop(hot);
+	return failed ? -ENOMEM : 0;
 }
 
 void kmig_hot_stop(struct kmig_hot *hot)
@@ -71,7 +69,7 @@ static uint64_t take(struct kmig_hot *hot, uint64_t word, uint64_t budget)
 	return taken;
 }
 
-/* Pages of a word that were dirty in at least so many looks on end: a power of two, or all bits. */
+/* Pages of a word that were dirty in at least so many looks on end. */
 static uint64_t at_least(const struct kmig_hot *hot, unsigned int region, uint64_t word, unsigned int looks)
 {
 	uint64_t all = ~0ull, more = 0;

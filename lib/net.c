@@ -8,6 +8,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/uio.h>
 
 #define LISTEN_BACKLOG 128
 
@@ -41,6 +42,19 @@ int kmig_net_set_blocking(int fd, int blocking)
 		return -errno;
 	flags = blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK;
 	return fcntl(fd, F_SETFL, flags) < 0 ? -errno : 0;
+}
+
+void kmig_iov_advance(struct iovec **vec, unsigned int *count, size_t bytes)
+{
+	while (*count && bytes >= (*vec)->iov_len) {
+		bytes -= (*vec)->iov_len;
+		++*vec;
+		--*count;
+	}
+	if (*count) {
+		(*vec)->iov_base = (uint8_t *)(*vec)->iov_base + bytes;
+		(*vec)->iov_len -= bytes;
+	}
 }
 
 void kmig_net_tune(int fd, uint32_t timeout_ms)

@@ -21,6 +21,11 @@ int kmig_net_listen(struct kmig_ctx *ctx, const char *host, uint16_t port);
 int kmig_net_send(int fd, const void *data, size_t length, uint64_t deadline_ns, int abort_fd);
 int kmig_net_recv(int fd, void *data, size_t length, uint64_t deadline_ns, int abort_fd);
 
+struct iovec;
+
+/* So many bytes of the vector were moved: what is left of it. */
+void kmig_iov_advance(struct iovec **vec, unsigned int *count, size_t bytes);
+
 /* No Nagle; a peer that acknowledges nothing for @timeout_ms ends the connection. */
 void kmig_net_tune(int fd, uint32_t timeout_ms);
 int kmig_net_set_blocking(int fd, int blocking);

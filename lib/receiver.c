@@ -6,6 +6,7 @@
  * Threads block in recv() and are woken by shutdown(). That a peer lives is watched on the
  * control connection, as a data channel may rightly be silent between rounds.
  */
+#include "net.h"
 #include "receiver.h"
 
 #include <fcntl.h>
@@ -44,15 +45,7 @@ static int receive(struct kmig_receiver_channel *channel, struct iovec *vec, uns
 		if (!n)
 			return channel_fail(channel, -ECONNRESET, "the source closed it");
 		atomic_fetch_add_explicit(&channel->bytes, n, memory_order_relaxed);
-		while (count && (size_t)n >= vec->iov_len) {
-			n -= vec->iov_len;
-			vec++;
-			count--;
-		}
-		if (count) {
-			vec->iov_base = (uint8_t *)vec->iov_base + n;
-			vec->iov_len -= n;
-		}
+		kmig_iov_advance(&vec, &count, n);
 	}
 	return 0;
 }

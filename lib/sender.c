@@ -20,6 +20,7 @@
  * all has been acknowledged, so that nothing is left in the error queue, where it would make
  * poll() return at once for whoever watches the socket.
  */
+#include "net.h"
 #include "sender.h"
 #include "wire.h"
 
@@ -223,15 +224,7 @@ static int push(struct channel *channel, struct iovec *vec, unsigned int count, 
 			channel->call_bytes[channel->calls++ % ZEROCOPY_CALLS] = n;
 			by_reference += n;
 		}
-		while (count && (size_t)n >= vec->iov_len) {
-			n -= vec->iov_len;
-			vec++;
-			count--;
-		}
-		if (count) {
-			vec->iov_base = (uint8_t *)vec->iov_base + n;
-			vec->iov_len -= n;
-		}
+		kmig_iov_advance(&vec, &count, n);
 	}
 	pthread_mutex_lock(&channel->sender->lock);
 	channel->stats.blocked_ns += kmig_now_ns() - begin;

@@ -746,6 +746,7 @@ static int release_guest(struct kmig_source *source)
 static int carry_out(struct kmig_source *source)
 {
 	const struct kmig_policy *policy = &source->policy;
+	uint64_t before = source->hot.held;
 	int err = 0;
 
 	if (policy->opts.can_stun && (policy->ceiling > 0 || source->stunned)) {
@@ -756,6 +757,9 @@ static int carry_out(struct kmig_source *source)
 		return err;
 	kmig_hot_look(&source->hot, source->dirty);
 	kmig_hot_choose(&source->hot, policy->hold_budget);
+	/* Nothing was held and nothing is: there is no need to go through the regions. */
+	if (!before && !source->hot.held)
+		return err;
 	for (unsigned int i = 0; i < source->count && !err; i++)
 		err = kmig_tracker_hold(source->tracker, i, source->hot.hold[i]);
 	return err;
