@@ -6,39 +6,7 @@
  * whole migrations with those that need no module. libmod_tracker.c is the first part of this,
  * with the module.
  */
-#include "kselftest_harness.h"
-
-#include <arpa/inet.h>
-#include <dirent.h>
-#include <fcntl.h>
-#include <linux/errqueue.h>
-#include <linux/kvm.h>
-#include <linux/magic.h>
-#include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/vfs.h>
-#include <sys/wait.h>
-
-#include "../lib/sender.h"
-#include "../lib/wire.h"
-#include "lib_pair.h"
-
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
-
-#define REGIONS 3
-#define CHANNELS_MAX 8
-#define CHUNK_BYTES (LMTRACK_CHUNK_PAGES * PAGE_BYTES)
-#define STREAM 0x1234567890abcdefULL
-
-/* Of different sizes, the last chunk short; the second begins on another channel. */
-static const uint64_t sizes[REGIONS] = { 16 * MIB + 5 * PAGE_BYTES, 6 * MIB, PAGE_BYTES };
+#include "lib_tracker.h"
 
 static unsigned int entries_of(const char *path)
 {
@@ -51,165 +19,7 @@ static unsigned int entries_of(const char *path)
 	return n;
 }
 
-/* ---- The network, as it could be ---- */
-
-static struct {
-	_Atomic bool reference;		/* it can take pages by reference, unlike loopback */
-	_Atomic bool full;		/* it has no room for notices */
-	bool narrow;			/* a peer that does not read soon holds it up */
-	_Atomic unsigned int calls;	/* that asked for zero-copy */
-} network;
-
-ssize_t __real_recvmsg(int fd, struct msghdr *msg, int flags);
-ssize_t __wrap_recvmsg(int fd, struct msghdr *msg, int flags);
-ssize_t __real_sendmsg(int fd, const struct msghdr *msg, int flags);
-ssize_t __wrap_sendmsg(int fd, const struct msghdr *msg, int flags);
-
-ssize_t __wrap_recvmsg(int fd, struct msghdr *msg, int flags)
-{
-	ssize_t n = __real_recvmsg(fd, msg, flags);
-	struct cmsghdr *at = n < 0 || !(flags & MSG_ERRQUEUE) ? NULL : CMSG_FIRSTHDR(msg);
-
-	if (at && network.reference)
-		((struct sock_extended_err *)CMSG_DATA(at))->ee_code = 0;
-	return n;
-}
-
-ssize_t __wrap_sendmsg(int fd, const struct msghdr *msg, int flags)
-{
-	if (flags & MSG_ZEROCOPY) {
-		network.calls++;
-		if (network.full) {
-			errno = ENOBUFS;
-			return -1;
-		}
-	}
-	return __real_sendmsg(fd, msg, flags);
-}
-
-/* ---- A receiver ---- */
-
-struct peer {
-	struct world_of_pages *to;
-	unsigned int number;
-	int sock;			/* its end */
-	pthread_t thread;
-	_Atomic bool deaf;
-	_Atomic uint32_t ended;		/* round */
-	_Atomic int error;
-	uint64_t seq, round_pages;
-};
-
-struct world_of_pages {
-	uint8_t *copy[REGIONS];
-	uint32_t *round[REGIONS];	/* of each page: the last in which it came */
-	bool *zero[REGIONS];		/* it came as zero then */
-	uint8_t *owner[REGIONS];	/* of each chunk: its channel plus 1 */
-	uint64_t pages[REGIONS];
-	struct peer peer[CHANNELS_MAX];
-	unsigned int channels;
-};
-
-static bool get(struct peer *peer, void *to, size_t length)
-{
-	while (peer->deaf)
-		usleep(1000);
-	return !length || recv(peer->sock, to, length, MSG_WAITALL) == (ssize_t)length;
-}
-
-/* Take a frame in; what is wrong with it, or NULL; "" at the end. */
-static const char *take_frame(struct peer *peer)
-{
-	struct world_of_pages *to = peer->to;
-	static _Thread_local struct lmtrack_wire_extent table[LMTRACK_WIRE_EXTENTS_MAX];
-	struct lmtrack_wire_frame raw;
-	struct kmig_frame frame;
-	const char *why = NULL;
-	uint64_t chunk;
-	uint32_t pages;
-
-	if (!get(peer, &raw, sizeof(raw)))
-		return "";
-	if (kmig_frame_decode(&raw, PAGE_BYTES, &frame, &why) || !get(peer, table, frame.extents * sizeof(table[0])) ||
-	    kmig_frame_check_crc(&raw, table, &why))
-		return why ? why : "";
-	if (frame.stream != STREAM || frame.channel != peer->number || frame.seq != peer->seq++)
-		return "stream, channel or sequence";
-	if (frame.type == LMTRACK_FRAME_ROUND_END) {
-		if (frame.arg != peer->round_pages)
-			return "pages of the round";
-		peer->round_pages = 0;
-		peer->ended = frame.round;
-		return NULL;
-	}
-	if (frame.region >= REGIONS ||
-	    kmig_frame_check_extents(&frame, table, to->pages[frame.region], PAGE_BYTES, &chunk, &pages, &why))
-		return why ? why : "region";
-	if (to->owner[frame.region][chunk] && to->owner[frame.region][chunk] != peer->number + 1)
-		return "a chunk changed its channel";
-	to->owner[frame.region][chunk] = peer->number + 1;
-	peer->round_pages += pages;
-	for (uint32_t i = 0; i < frame.extents; i++) {
-		for (uint64_t page = le64toh(table[i].first); page < le64toh(table[i].first) + le32toh(table[i].pages); page++) {
-			uint8_t *copy = to->copy[frame.region] + page * PAGE_BYTES;
-
-			if (to->round[frame.region][page] == frame.round)
-				return "a page came twice in a round";
-			to->round[frame.region][page] = frame.round;
-			to->zero[frame.region][page] = frame.type == LMTRACK_FRAME_ZERO;
-			if (frame.type == LMTRACK_FRAME_ZERO)
-				memset(copy, 0, PAGE_BYTES);
-			else if (!get(peer, copy, PAGE_BYTES))
-				return "";
-		}
-	}
-	return NULL;
-}
-
-static void *peer_main(void *data)
-{
-	struct peer *peer = data;
-	const char *wrong;
-
-	do
-		wrong = take_frame(peer);
-	while (!wrong);
-	if (*wrong) {
-		fprintf(stderr, "# channel %u: %s\n", peer->number, wrong);
-		peer->error = EPROTO;
-	}
-	return NULL;
-}
-
-/* A TCP connection over loopback. */
-static int connect_pair(int pair[2])
-{
-	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	socklen_t length = sizeof(address);
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	/* What was not read is thrown away at the end, and the pages with it. */
-	struct linger at_once = { .l_onoff = 1 };
-	int narrow = 16 << 10;
-	int err;
-
-	if (network.narrow)
-		setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &narrow, sizeof(narrow));
-	pair[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	err = bind(listener, (struct sockaddr *)&address, length) || listen(listener, 1) ||
-	      getsockname(listener, (struct sockaddr *)&address, &length) ||
-	      connect(pair[0], (struct sockaddr *)&address, length);
-	pair[1] = err ? -1 : accept(listener, NULL, NULL);
-	close(listener);
-	for (int i = 0; i < 2; i++)
-		setsockopt(pair[i], SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
-	return err || pair[1] < 0 ? -1 : 0;
-}
-
-/* ---- A VMM that knows itself what it wrote ---- */
-
-static uint64_t *dirty_log[REGIONS];
-static _Atomic bool logging;
-static _Atomic int log_error;
+/* ---- A tracker by itself ---- */
 
 static void log_page(unsigned int region, uint64_t page)
 {
@@ -222,28 +32,6 @@ static void store(struct kmig_region **regions, unsigned int region, uint64_t at
 	*(volatile uint64_t *)((uint8_t *)regions[region]->map + at) = value;
 	log_page(region, at / PAGE_BYTES);
 }
-
-static int give_dirty(unsigned int region, uint64_t first, uint64_t pages, uint64_t *bitmap, void *data)
-{
-	(void)data;
-	if (log_error)
-		return -log_error;
-	for (uint64_t word = 0; word < (pages + 63) / 64; word++)
-		bitmap[word] |= __atomic_exchange_n(&dirty_log[region][first / 64 + word], 0, __ATOMIC_SEQ_CST);
-	return 0;
-}
-
-static int give_track(bool on, void *data)
-{
-	(void)data;
-	logging = on;
-	return 0;
-}
-
-static int (*ask_dirty)(unsigned int, uint64_t, uint64_t, uint64_t *, void *) = give_dirty;
-static int (*ask_track)(bool, void *) = give_track;
-
-/* ---- A tracker by itself ---- */
 
 FIXTURE(tracker) {
 	struct kmig_ctx *ctx;
@@ -271,46 +59,6 @@ FIXTURE_VARIANT_ADD(tracker, pagemap_3) { .kind = KMIG_TRACKER_PAGEMAP, .channel
 FIXTURE_VARIANT_ADD(tracker, external_2) { .kind = KMIG_TRACKER_EXTERNAL, .channels = 2 };
 #endif
 
-#define ON_LMTRACK (variant->kind == KMIG_TRACKER_LMTRACK)
-/* The module sends a page once more that was held, be it by the network, when it was harvested. */
-#define EXPECT_PAGES(n, pages) do {								\
-	if (ON_LMTRACK) {									\
-		EXPECT_LE(n, pages);								\
-	} else {										\
-		EXPECT_EQ(n, pages);								\
-	}											\
-} while (0)
-
-static void setup_pages(struct world_of_pages *world, unsigned int i)
-{
-	world->pages[i] = sizes[i] / PAGE_BYTES;
-	world->copy[i] = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	world->round[i] = calloc(world->pages[i], sizeof(uint32_t));
-	world->zero[i] = calloc(world->pages[i], sizeof(bool));
-	world->owner[i] = calloc(sizes[i] / CHUNK_BYTES + 1, 1);
-	dirty_log[i] = calloc((world->pages[i] + 63) / 64, sizeof(uint64_t));
-}
-
-#define SET_UP_REGIONS() do {									\
-	ASSERT_EQ(0, kmig_ctx_new(&self->ctx));							\
-	for (unsigned int i = 0; i < REGIONS; i++) {						\
-		struct kmig_region_opts opts = KMIG_REGION_OPTS_INIT;				\
-		int err;									\
-												\
-		opts.bytes = sizes[i];								\
-		opts.kind = ON_LMTRACK ? KMIG_REGION_LMTRACK : KMIG_REGION_MEMFD;		\
-		if (ON_LMTRACK && access("/dev/lmtrack", F_OK))					\
-			SKIP(return, "no /dev/lmtrack");					\
-		ASSERT_EQ(0, kmig_region_create(self->ctx, &opts, &self->regions[i]));		\
-		ASSERT_NE(NULL, kmig_region_map(self->regions[i]));				\
-		setup_pages(&self->world, i);							\
-		err = kmig_tracker_accepts(variant->kind, self->regions, i, self->regions[i]);	\
-		if (err == -EOPNOTSUPP)								\
-			SKIP(return, "%s", kmig_ctx_error(self->ctx));				\
-		ASSERT_EQ(0, err) TH_LOG("%s", kmig_ctx_error(self->ctx));			\
-	}											\
-} while (0)
-
 FIXTURE_SETUP(tracker)
 {
 	self->fds = entries_of("/proc/self/fd");
@@ -318,65 +66,21 @@ FIXTURE_SETUP(tracker)
 	SET_UP_REGIONS();
 }
 
+FIXTURE_TEARDOWN(tracker)
+{
+	STOP();
+	EXPECT_FALSE(logging);
+	for (unsigned int i = 0; i < REGIONS; i++)
+		kmig_region_free(self->regions[i]);
+	kmig_ctx_free(self->ctx);
+	EXPECT_EQ(self->fds, entries_of("/proc/self/fd"));
+	EXPECT_EQ(self->threads, entries_of("/proc/self/task"));
+}
+
 #define MAP(i) ((uint8_t *)self->regions[i]->map)
 #define STORE(i, at, value) store(self->regions, i, at, value)
 /* What the VMM did behind its own mapping, or knows besides. */
 #define LOG(i, page) log_page(i, page)
-
-/* A tracker at work, and those who receive from it. */
-#define START() do {										\
-	struct kmig_tracker_config config = {							\
-		.ctx = self->ctx, .kind = variant->kind, .regions = self->regions,		\
-		.count = REGIONS, .stream = STREAM, .abort_fd = -1,				\
-		.dirty = ask_dirty, .track = ask_track,						\
-	};											\
-												\
-	ASSERT_EQ(0, kmig_tracker_new(&config, &self->tracker));				\
-	ASSERT_EQ(0, kmig_tracker_start(self->tracker)) TH_LOG("%s", kmig_ctx_error(self->ctx));	\
-	self->world.channels = variant->channels;						\
-	for (unsigned int _i = 0; _i < variant->channels; _i++) {				\
-		struct peer *peer = &self->world.peer[_i];					\
-		int pair[2];									\
-												\
-		ASSERT_EQ(0, connect_pair(pair));						\
-		self->socks[_i] = pair[0];							\
-		*peer = (struct peer){ .to = &self->world, .number = _i, .sock = pair[1] };	\
-		pthread_create(&peer->thread, NULL, peer_main, peer);				\
-		ASSERT_EQ(0, kmig_tracker_add_channel(self->tracker, pair[0]));			\
-	}											\
-} while (0)
-
-#define WAIT_MS_MAX 20000
-
-/* The round's end, not its arrival. */
-static int await(struct kmig_tracker *tracker, struct kmig_round *round)
-{
-	struct pollfd fd = { .fd = kmig_tracker_fd(tracker), .events = POLLIN };
-
-	/* That something went wrong is known before the round has ended. */
-	for (int ms = 0; !(fd.revents & POLLIN); ms++, usleep(1000))
-		if (poll(&fd, 1, WAIT_MS_MAX) != 1 || ms == WAIT_MS_MAX)
-			return -ETIME;
-	return kmig_tracker_wait(tracker, round) ?: round->error;
-}
-
-static bool arrived(struct world_of_pages *world, uint32_t round)
-{
-	for (unsigned int i = 0; i < world->channels; i++)
-		for (int ms = 0; world->peer[i].ended != round; ms++, usleep(1000))
-			if (ms == WAIT_MS_MAX || world->peer[i].error)
-				return false;
-	return true;
-}
-
-#define SEND_FLAGS(what, flags) do {								\
-	ASSERT_EQ(0, kmig_tracker_send(self->tracker, ++self->number, what, flags));		\
-	ASSERT_EQ(0, await(self->tracker, &self->round)) TH_LOG("%s", kmig_ctx_error(self->ctx));	\
-	ASSERT_EQ(self->number, self->round.round);						\
-	ASSERT_TRUE(arrived(&self->world, self->number));					\
-} while (0)
-#define SEND_ALL() SEND_FLAGS(KMIG_SEND_ALL, 0)
-#define SEND_DIRTY() SEND_FLAGS(KMIG_SEND_DIRTY, 0)
 
 /* How many pages are dirty, and whether these are. */
 static uint64_t peek(struct kmig_tracker *tracker, unsigned int region, uint64_t *bitmap)
@@ -398,54 +102,6 @@ static uint64_t peek(struct kmig_tracker *tracker, unsigned int region, uint64_t
 /* Did the page come in the last round? */
 #define CAME(region, page) (self->world.round[region][page] == self->number)
 #define CAME_AS_ZERO(region, page) (CAME(region, page) && self->world.zero[region][page])
-
-/* The first page that differs, or -1; a hole is not touched, or it would be one no more. */
-static int64_t first_difference(const struct kmig_region *region, const uint8_t *copy)
-{
-	static const uint8_t zeroes[PAGE_BYTES];
-	uint64_t exists[KMIG_CHUNK_WORDS];
-
-	for (uint64_t page = 0; page < region->bytes / PAGE_BYTES; page++) {
-		uint64_t at = page % LMTRACK_CHUNK_PAGES;
-
-		if (!at && kmig_region_exists(region, page / LMTRACK_CHUNK_PAGES, exists))
-			return page;
-		if (memcmp(kmig_bit(exists, at) ? (uint8_t *)region->map + page * PAGE_BYTES : zeroes,
-			   copy + page * PAGE_BYTES, PAGE_BYTES))
-			return page;
-	}
-	return -1;
-}
-
-#define EXPECT_SAME() do {									\
-	for (unsigned int _i = 0; _i < REGIONS; _i++)						\
-		EXPECT_EQ(-1, first_difference(self->regions[_i], self->world.copy[_i]));	\
-} while (0)
-
-#define STOP() do {										\
-	kmig_tracker_free(self->tracker);							\
-	self->tracker = NULL;									\
-	for (unsigned int _i = 0; _i < self->world.channels; _i++) {				\
-		shutdown(self->socks[_i], SHUT_RDWR);						\
-		shutdown(self->world.peer[_i].sock, SHUT_RDWR);					\
-		pthread_join(self->world.peer[_i].thread, NULL);				\
-		EXPECT_EQ(0, (int)self->world.peer[_i].error);					\
-		close(self->socks[_i]);								\
-		close(self->world.peer[_i].sock);						\
-	}											\
-	self->world.channels = 0;								\
-} while (0)
-
-FIXTURE_TEARDOWN(tracker)
-{
-	STOP();
-	EXPECT_FALSE(logging);
-	for (unsigned int i = 0; i < REGIONS; i++)
-		kmig_region_free(self->regions[i]);
-	kmig_ctx_free(self->ctx);
-	EXPECT_EQ(self->fds, entries_of("/proc/self/fd"));
-	EXPECT_EQ(self->threads, entries_of("/proc/self/task"));
-}
 
 /* Something in every 8th page of the lower half, zeroes beside it, a page at the end. */
 #define FILL() do {										\
@@ -1606,162 +1262,5 @@ TEST(external_needs_its_function)
 	kmig_ctx_free(ctx);
 }
 #endif /* ON_MODULE */
-
-#ifdef ON_MODULE
-/* ---- The writer is a KVM guest; its memory is the first region ---- */
-
-#define GUEST_CODE 0x1000u
-#define GUEST_FIRST 0x10000u
-
-static struct {
-	int vm, vcpu;
-	struct kvm_run *run;
-	struct kvm_userspace_memory_region slot;
-	_Atomic bool stop, failed;
-	_Atomic uint64_t passes;
-} guest;
-
-/* for (ebx = FIRST; ebx < end; ebx += PAGE) ++*ebx; out 0x10, al; again */
-static void load_guest(uint8_t *memory, uint32_t end)
-{
-	static const uint8_t code[] = {
-		0xbb, 0, 0, 0, 0, 0xff, 0x03, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xfb, 0, 0, 0, 0,
-		0x72, 0xf0, 0xe6, 0x10, 0xeb, 0xe7,
-	};
-	uint32_t first = GUEST_FIRST;
-
-	memcpy(memory + GUEST_CODE, code, sizeof(code));
-	memcpy(memory + GUEST_CODE + 1, &first, 4);
-	memcpy(memory + GUEST_CODE + 15, &end, 4);
-}
-
-static int set_up_vcpu(void)
-{
-	struct kvm_segment code = { .limit = ~0u, .selector = 8, .type = 11, .present = 1, .db = 1, .s = 1, .g = 1 };
-	struct kvm_segment data = code;
-	struct kvm_regs regs = { .rip = GUEST_CODE, .rflags = 2 };
-	struct kvm_sregs sregs;
-
-	data.type = 3;
-	data.selector = 16;
-	if (ioctl(guest.vcpu, KVM_GET_SREGS, &sregs))
-		return -1;
-	sregs.cr0 |= 1;
-	sregs.cs = code;
-	sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
-	return ioctl(guest.vcpu, KVM_SET_SREGS, &sregs) || ioctl(guest.vcpu, KVM_SET_REGS, &regs);
-}
-
-static int new_guest(int kvm, const struct kmig_region *region)
-{
-	int bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-
-	load_guest(region->map, region->bytes);
-	guest.vm = ioctl(kvm, KVM_CREATE_VM, 0);
-	guest.slot = (struct kvm_userspace_memory_region){
-		.memory_size = region->bytes,
-		.userspace_addr = (uintptr_t)region->map,
-	};
-	if (bytes < 0 || guest.vm < 0 || ioctl(guest.vm, KVM_SET_USER_MEMORY_REGION, &guest.slot))
-		return -1;
-	guest.vcpu = ioctl(guest.vm, KVM_CREATE_VCPU, 0);
-	guest.run = guest.vcpu < 0 ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, guest.vcpu, 0);
-	return guest.run == MAP_FAILED ? -1 : set_up_vcpu();
-}
-
-static void *vcpu_main(void *data)
-{
-	while (!guest.stop) {
-		if (ioctl(guest.vcpu, KVM_RUN, 0) || guest.run->exit_reason != KVM_EXIT_IO) {
-			guest.failed = true;
-			break;
-		}
-		guest.passes++;
-	}
-	return data;
-}
-
-/* What a VMM on KVM does for the tracker external. */
-static int kvm_track(bool on, void *data)
-{
-	guest.slot.flags = on ? KVM_MEM_LOG_DIRTY_PAGES : 0;
-	logging = on;
-	(void)data;
-	return ioctl(guest.vm, KVM_SET_USER_MEMORY_REGION, &guest.slot) ? -errno : 0;
-}
-
-static int kvm_dirty(unsigned int region, uint64_t first, uint64_t pages, uint64_t *bitmap, void *data)
-{
-	static uint64_t scratch[(16 * MIB / PAGE_BYTES + 5 + 63) / 64];
-	struct kvm_dirty_log log = { .dirty_bitmap = scratch };
-
-	if (!region) {
-		if (ioctl(guest.vm, KVM_GET_DIRTY_LOG, &log))
-			return -errno;
-		for (uint64_t word = 0; word < (pages + 63) / 64; word++)
-			bitmap[word] |= scratch[first / 64 + word];
-	}
-	return give_dirty(region, first, pages, bitmap, data);
-}
-
-FIXTURE(kvm) {
-	struct kmig_ctx *ctx;
-	struct kmig_region *regions[REGIONS];
-	struct kmig_tracker *tracker;
-	struct world_of_pages world;
-	int socks[CHANNELS_MAX];
-	uint32_t number;
-	struct kmig_round round;
-	pthread_t thread;
-	int kvm;
-};
-
-FIXTURE_VARIANT(kvm) {
-	enum kmig_tracker_kind kind;
-	unsigned int channels;
-};
-
-FIXTURE_VARIANT_ADD(kvm, lmtrack) { .kind = KMIG_TRACKER_LMTRACK, .channels = 2 };
-FIXTURE_VARIANT_ADD(kvm, pagemap) { .kind = KMIG_TRACKER_PAGEMAP, .channels = 2 };
-FIXTURE_VARIANT_ADD(kvm, external) { .kind = KMIG_TRACKER_EXTERNAL, .channels = 2 };
-
-FIXTURE_SETUP(kvm)
-{
-	self->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-	if (self->kvm < 0)
-		SKIP(return, "no /dev/kvm here");
-	SET_UP_REGIONS();
-	ASSERT_EQ(0, new_guest(self->kvm, self->regions[0]));
-	ASSERT_EQ(0, pthread_create(&self->thread, NULL, vcpu_main, NULL));
-}
-
-FIXTURE_TEARDOWN(kvm)
-{
-}
-
-TEST_F_TIMEOUT(kvm, no_write_is_lost, 60)
-{
-	uint64_t begin = kmig_now_ns(), passes;
-
-	ask_dirty = kvm_dirty;
-	ask_track = kvm_track;
-	while (!guest.passes && !guest.failed)
-		usleep(1000);
-	START();
-	SEND_ALL();
-	passes = guest.passes;
-	while (kmig_now_ns() - begin < kmig_ms(5000) || guest.passes < passes + 3)
-		SEND_DIRTY();
-	guest.stop = true;
-	pthread_join(self->thread, NULL);
-	EXPECT_FALSE(guest.failed);
-	SEND_DIRTY();
-	SEND_DIRTY();
-	EXPECT_PAGES(0, self->round.pages);
-	EXPECT_SAME();
-	TH_LOG("%u rounds, %llu passes", self->number, (unsigned long long)guest.passes);
-	STOP();
-}
-#endif
 
 TEST_HARNESS_MAIN
