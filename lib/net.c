@@ -4,6 +4,7 @@
 #include "private.h"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -65,6 +66,14 @@ void kmig_net_tune(int fd, uint32_t timeout_ms)
 	/* Both are improvements, not conditions: a socket that refuses them still works. */
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
+}
+
+void kmig_net_queue_at_most(int fd, uint64_t bytes)
+{
+	unsigned int most = bytes < INT_MAX ? bytes : INT_MAX;
+
+	/* As above. A writer is woken when half of it has left. */
+	setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &most, sizeof(most));
 }
 
 static int connect_one(const struct addrinfo *address, uint64_t deadline_ns, int abort_fd)

@@ -28,6 +28,12 @@ void kmig_iov_advance(struct iovec **vec, unsigned int *count, size_t bytes);
 
 /* No Nagle; a peer that acknowledges nothing for @timeout_ms ends the connection. */
 void kmig_net_tune(int fd, uint32_t timeout_ms);
+
+/*
+ * Let no more than so many bytes wait in the socket. What waits there was taken from the guest,
+ * which goes on writing: the later it is taken, the less is sent in vain.
+ */
+void kmig_net_queue_at_most(int fd, uint64_t bytes);
 int kmig_net_set_blocking(int fd, int blocking);
 
 #endif /* KMIG_NET_H */

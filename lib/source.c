@@ -28,6 +28,13 @@
  * an answer has to come within so many times the time-out.
  */
 #define ANSWER_TIMEOUTS 6
+/*
+ * What may wait in a channel's socket: enough that the network never waits for the sender, which
+ * sleeps meanwhile.
+ */
+#define QUEUE_MS 5
+#define QUEUE_BYTES_FIRST (256u << 10)	/* while the rate is not known */
+#define QUEUE_BYTES_MIN (64u << 10)
 #define NEEDS_MAX 4		/* digests that are asked for again, at most so often */
 
 struct kmig_source {
@@ -405,6 +412,7 @@ static int connect_channel(struct kmig_source *source, uint32_t number)
 	if (fd < 0)
 		return fd;
 	source->sockets[number] = fd;
+	kmig_net_queue_at_most(fd, QUEUE_BYTES_FIRST);
 	kmig_frame_encode(&frame, NULL, &wire.frame);
 	err = kmig_auth_channel(&source->session, source->stream_id, number, &wire.channel);
 	if (!err)
@@ -638,6 +646,14 @@ static int begin_round(struct kmig_source *source, enum kmig_send_what what, uns
 	return 0;
 }
 
+static void limit_queues(struct kmig_source *source)
+{
+	double bytes = source->policy.rate / source->opts.channels * QUEUE_MS / 1000;
+
+	for (unsigned int i = 0; i < source->opts.channels; i++)
+		kmig_net_queue_at_most(source->sockets[i], bytes > QUEUE_BYTES_MIN ? bytes : QUEUE_BYTES_MIN);
+}
+
 /* Until the destination has stored the round whole. */
 static int finish_round(struct kmig_source *source, struct kmig_round *round)
 {
@@ -653,6 +669,7 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 	/* What is in socket buffers is not on the other side: the acknowledgement ends the measurement. */
 	took = kmig_now_ns() - source->round_begin_ns;
 	kmig_policy_sent(&source->policy, round->bytes, took, took);
+	limit_queues(source);
 	update_report(source);
 	report = (struct kmig_round_report){
 		.round = round->round,

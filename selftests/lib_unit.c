@@ -16,6 +16,7 @@
 #include <kmig.h>
 
 #include "../lib/digest.h"
+#include "../lib/net.h"
 #include "../lib/private.h"
 #include "../lib/wire.h"
 
@@ -750,6 +751,42 @@ TEST_F(unit, digests)
 	kmig_region_get_info(self->region, &info);
 	EXPECT_EQ(171 * 4096 + 2 * MIB, info.resident_bytes);
 	free(whole);
+}
+
+/* How much a socket takes whose peer does not read; @most: what it is told to, or 0. */
+static uint64_t taken_by_socket(uint64_t most)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	static const uint8_t page[4096];
+	socklen_t length = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), sender = socket(AF_INET, SOCK_STREAM, 0), narrow = 4096, peer;
+	uint64_t bytes = 0;
+	ssize_t n;
+
+	setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &narrow, sizeof(narrow));
+	if (bind(listener, (struct sockaddr *)&address, length) || listen(listener, 1) ||
+	    getsockname(listener, (struct sockaddr *)&address, &length) ||
+	    connect(sender, (struct sockaddr *)&address, length))
+		return 0;
+	peer = accept(listener, NULL, NULL);
+	if (most)
+		kmig_net_queue_at_most(sender, most);
+	while ((n = send(sender, page, sizeof(page), MSG_DONTWAIT)) > 0)
+		bytes += n;
+	close(peer);
+	close(sender);
+	close(listener);
+	return bytes;
+}
+
+/* The peer's buffer is a few pages, so what is taken is what waits. */
+TEST(little_waits_in_a_socket)
+{
+	uint64_t whole = taken_by_socket(0), few = taken_by_socket(64 << 10);
+
+	EXPECT_GE(few, 64 << 10);
+	EXPECT_LE(few, 128 << 10);
+	EXPECT_GT(whole, 2 * few);
 }
 
 TEST(bitmaps)
