@@ -8,6 +8,7 @@
 #   make check KERNEL=debug          ... on a kernel with KASAN, lockdep, kmemleak (built first)
 #   make check KERNEL=debug-kcsan    ... on one that looks for data races
 #   make demo              a running guest moves between two QEMUs, in a VM
+#   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
 #   make install           PREFIX, DESTDIR; modules for KERNELS
 #   make clean, distclean  distclean also drops what tools/setup/install fetched
@@ -36,7 +37,7 @@ kdir = $(if $(filter debug%,$(1)),$(O)/vm/$(1),/lib/modules/$(1)/build)
 CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
-.PHONY: all modules lib tools selftests guest check demo lint install clean distclean
+.PHONY: all modules lib tools selftests fuzzers guest check fuzz demo lint install clean distclean
 .PHONY: lint-checkpatch check-installed
 all: modules lib tools
 
@@ -61,6 +62,9 @@ tools: lib
 selftests: lib tools
 	@$(SUB) -C selftests all
 
+fuzzers:
+	@$(SUB) -C selftests/fuzz all
+
 guest:
 	@$(SUB) -C selftests/guest all
 
@@ -71,8 +75,14 @@ check:
 	@$(MAKE) --no-print-directory check-installed
 
 # One kernel after the other: each run owns the machine's processors.
-check-installed: lint lib tools selftests guest $(CHECK_KERNELS:%=module-%)
+check-installed: lint lib tools selftests fuzzers guest $(CHECK_KERNELS:%=module-%)
 	@selftests/check $(CHECK_KERNELS)
+
+FUZZ_SECONDS ?= 1800
+fuzz:
+	@tools/setup/install
+	@$(MAKE) --no-print-directory fuzzers
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) selftests/run -t $$((4 * $(FUZZ_SECONDS) + 300)) selftests/fuzz/fuzz
 
 demo:
 	@tools/setup/install
