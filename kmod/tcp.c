@@ -8,8 +8,9 @@
  * follows in a later round on the same connection.
  *
  * channel->priv is the socket, held with a reference to its file from attach to detach. The
- * channel's thread is the only sender. A sender that waits for room in the socket holds no
- * lock and is woken by the shutdown of the connection.
+ * channel's thread is the only sender. It waits for room itself, holding no lock, and is woken
+ * by room, by the shutdown of the connection and once a second: the socket is its owner's as
+ * well, who can undo our shutdown and set what SO_SNDTIMEO is. So nothing waits in the socket.
  */
 #include <linux/bvec.h>
 #include <linux/ktime.h>
@@ -17,6 +18,7 @@
 #include <linux/sched.h>
 #include <linux/socket.h>
 #include <linux/uio.h>
+#include <linux/wait.h>
 #include <net/inet_connection_sock.h>
 #include <net/sock.h>
 #include <net/tcp_states.h>
@@ -44,32 +46,52 @@ static int tcp_attach(struct lmtrack_channel *channel, int fd)
 		sockfd_put(sock);
 		return ret;
 	}
-	/* So that a sender that waits looks up once a second; see tcp_sent(). */
-	sock_set_sndtimeo(sock->sk, 1);
 	channel->priv = sock;
 	return 0;
 }
 
+/* Is there room again, or no point in waiting for it? */
+static bool tcp_may_go_on(const struct lmtrack_channel *channel)
+{
+	const struct socket *sock = channel->priv;
+	struct sock *sk = sock->sk;
+
+	return sk_stream_is_writeable(sk) || READ_ONCE(sk->sk_err) ||
+	       (READ_ONCE(sk->sk_shutdown) & SEND_SHUTDOWN) || lmtrack_channel_error(channel);
+}
+
 /*
  * What a send brought: bytes, or an error that ends the channel. A peer that does not read is
- * none: how long it may be silent is for the caller to decide. But look now and then whether
- * the caller has decided: the socket is his as well, and he can undo our shutdown.
+ * none: how long it may be silent is for the caller to decide. Then this waits, returns 0 and
+ * leaves word in @refused.
  */
-static int tcp_sent(struct lmtrack_channel *channel, int ret)
+static int tcp_sent(struct lmtrack_channel *channel, int ret, bool *refused)
 {
-	if (ret != -EAGAIN)
+	const struct socket *sock = channel->priv;
+
+	if (ret != -EAGAIN) {
+		*refused = false;
 		return ret ?: -EPIPE;
-	schedule_timeout_idle(1);
+	}
+	/* Woken like any sender, so interruptibly; but no signal reaches the thread. */
+	if (!tcp_may_go_on(channel))
+		wait_event_interruptible_timeout(*sk_sleep(sock->sk), tcp_may_go_on(channel),
+						 HZ);
+	else if (*refused)
+		/* It is not room that is wanting, but memory: nobody tells when there is. */
+		schedule_timeout_idle(1);
+	*refused = true;
 	return lmtrack_channel_error(channel);
 }
 
 /* Send all that the message has, in pieces if need be. */
 static int tcp_send_message(struct lmtrack_channel *channel, struct msghdr *msg)
 {
+	bool refused = false;
 	int ret;
 
 	while (msg_data_left(msg)) {
-		ret = tcp_sent(channel, sock_sendmsg(channel->priv, msg));
+		ret = tcp_sent(channel, sock_sendmsg(channel->priv, msg), &refused);
 		if (ret < 0)
 			return ret;
 	}
@@ -107,13 +129,14 @@ static int tcp_send_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
 
 	for (i = 0; i < pages; i++) {
 		int more = i + 1 < pages ? MSG_MORE | MSG_SENDPAGE_NOTLAST : 0;
+		bool refused = false;
 		size_t sent = 0;
 		int ret;
 
 		while (sent < PAGE_SIZE) {
-			ret = tcp_sent(channel, kernel_sendpage(channel->priv, bvec[i].bv_page,
-								sent, PAGE_SIZE - sent,
-								flags | more));
+			ret = kernel_sendpage(channel->priv, bvec[i].bv_page, sent,
+					      PAGE_SIZE - sent, flags | more);
+			ret = tcp_sent(channel, ret, &refused);
 			if (ret < 0)
 				return ret;
 			sent += ret;
@@ -155,7 +178,7 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	/* Something above TCP (TLS) copies anyway, and must not be handed pages. */
 	bool plain = !inet_csk(sock->sk)->icsk_ulp_ops;
 	size_t bytes = (size_t)pages << PAGE_SHIFT;
-	int flags = MSG_NOSIGNAL | (more ? MSG_MORE : 0);
+	int flags = MSG_NOSIGNAL | MSG_DONTWAIT | (more ? MSG_MORE : 0);
 	ktime_t begin = ktime_get();
 	int ret;
 

@@ -1505,6 +1505,79 @@ STREAM_TEST(send_timeout_is_no_failure)
 	EXPECT_EQ(0, memcmp(self->mem, rx.shadow[0].mem, BYTES));
 }
 
+/* Take what comes until the end of the connection. */
+static void *swallow_run(void *arg)
+{
+	char bytes[65536];
+
+	while (recv(*(int *)arg, bytes, sizeof(bytes), 0) > 0)
+		;
+	return NULL;
+}
+
+/* Connect a socket anew, to a listener that does not accept; 0 or a negative errno. */
+static int tcp_redirect(int fd, int listener)
+{
+	struct sockaddr_in in = { .sin_family = AF_UNSPEC };
+	socklen_t length = sizeof(in);
+
+	if (connect(fd, (void *)&in, sizeof(in)) ||
+	    getsockname(listener, (void *)&in, &length) ||
+	    connect(fd, (void *)&in, sizeof(in)))
+		return -errno;
+	return 0;
+}
+
+/*
+ * The socket is the owner's, too: he can undo the shutdown that CANCEL made, before the channel
+ * has noticed it, and lift the limit of its sends. The pages look like zero till their last
+ * byte, so that most of a round is spent outside the socket.
+ */
+STREAM_TEST(connected_anew_after_cancel)
+{
+	struct timeval never = { };
+	struct lmtrack_stream_wait result;
+	unsigned int i, tries, redirected = 0;
+	int pair[2], listener, stream, buffer = 4096;
+	pthread_t swallow;
+
+	for (i = 1; i <= PAGES; i++)
+		self->mem[i * PAGE - 1] = 1;
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	for (tries = 0; tries < 60; tries++) {
+		listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		ASSERT_LE(0, listener);
+		setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof(buffer));
+		ASSERT_EQ(0, listen(listener, 1));
+		ASSERT_EQ(0, tcp_pair(pair, 65536));
+		stream = stream_create(0);
+		ASSERT_LE(0, stream);
+		ASSERT_EQ(0, add_region(stream, self->fd, 0));
+		ASSERT_EQ(0, add_channel(stream, pair[0]));
+		ASSERT_EQ(0, setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &never, sizeof(never)));
+		ASSERT_EQ(0, pthread_create(&swallow, NULL, swallow_run, &pair[1]));
+		ASSERT_EQ(0, stream_send(stream, 1, ALL));
+		EXPECT_EQ(-ETIMEDOUT, stream_wait(stream, 1 + tries % 8, NULL));
+
+		ASSERT_EQ(0, stream_cancel(stream));
+		redirected += !tcp_redirect(pair[0], listener);
+		EXPECT_EQ(0, stream_wait(stream, 10000, &result)) {
+			TH_LOG("try %u: the channel waits in the new connection", tries);
+			tries = 1000;
+		}
+		/* Resets the new connection, should somebody still wait in it. */
+		close(listener);
+		EXPECT_EQ(0, stream_wait(stream, 10000, &result));
+		EXPECT_EQ(ECANCELED, result.error);
+		close(stream);
+		close(pair[0]);
+		pthread_join(swallow, NULL);
+		close(pair[1]);
+	}
+	printf("# %u of %u connected anew\n", redirected, tries);
+	EXPECT_LT(0, redirected);
+}
+
 BLOCKED_TEST(punch_while_blocked)
 {
 	struct lmtrack_stream_wait result;
