@@ -622,6 +622,7 @@ static long stream_wait(struct file *file, void *arg)
 	struct lmtrack_stream *stream = file->private_data;
 	struct lmtrack_stream_wait *wait = arg;
 	u32 size = wait->size;
+	bool ended;
 	long left;
 
 	if (wait->timeout_ms < -1)
@@ -629,14 +630,19 @@ static long stream_wait(struct file *file, void *arg)
 	if (!READ_ONCE(stream->round))
 		return -EINVAL;
 	left = wait->timeout_ms < 0 ? MAX_SCHEDULE_TIMEOUT : msecs_to_jiffies(wait->timeout_ms);
-	left = wait_event_interruptible_timeout(stream->end, stream_ended(stream), left);
-	if (left < 0)
-		return -EINTR;
-	if (!left)
-		return -ETIMEDOUT;
-	spin_lock(&stream->end_lock);
-	*wait = stream->result;
-	spin_unlock(&stream->end_lock);
+	do {
+		left = wait_event_interruptible_timeout(stream->end, stream_ended(stream), left);
+		if (left < 0)
+			return -EINTR;
+		if (!left)
+			return -ETIMEDOUT;
+		/* Unless another thread has begun the next round since. */
+		spin_lock(&stream->end_lock);
+		ended = !stream->sending;
+		if (ended)
+			*wait = stream->result;
+		spin_unlock(&stream->end_lock);
+	} while (!ended);
 	wait->size = size;
 	return 0;
 }

@@ -1578,6 +1578,52 @@ STREAM_TEST(connected_anew_after_cancel)
 	EXPECT_LT(0, redirected);
 }
 
+struct looker {
+	int stream;
+	_Atomic bool stop;
+	unsigned int looks;
+	unsigned int early;
+};
+
+/* A round that ended well has sent the end of the round at least. */
+static void *looker_run(void *arg)
+{
+	struct looker *looker = arg;
+	struct lmtrack_stream_wait result;
+
+	while (!looker->stop) {
+		if (stream_wait(looker->stream, 0, &result))
+			continue;
+		looker->looks++;
+		looker->early += !result.error && result.bytes < sizeof(struct lmtrack_wire_frame);
+	}
+	return NULL;
+}
+
+/* WAIT never gives the figures of a round that is under way, whoever began it meanwhile. */
+STREAM_TEST(wait_while_another_begins_rounds)
+{
+	struct looker looker = { .stream = self->stream };
+	pthread_t swallow, thread;
+	uint32_t round;
+
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	ASSERT_EQ(0, pthread_create(&swallow, NULL, swallow_run, &self->pair[1]));
+	ASSERT_EQ(0, pthread_create(&thread, NULL, looker_run, &looker));
+	for (round = 1; round <= 3000; round++) {
+		ASSERT_EQ(0, stream_send(self->stream, round, DIRTY));
+		ASSERT_EQ(0, stream_wait(self->stream, 10000, NULL));
+	}
+	looker.stop = true;
+	pthread_join(thread, NULL);
+	EXPECT_LT(0, looker.looks);
+	EXPECT_EQ(0, looker.early);
+	ASSERT_EQ(0, shutdown(self->pair[0], SHUT_RDWR));
+	pthread_join(swallow, NULL);
+}
+
 BLOCKED_TEST(punch_while_blocked)
 {
 	struct lmtrack_stream_wait result;
