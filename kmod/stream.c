@@ -28,6 +28,7 @@
 #include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/pagemap.h>
 #include <linux/poll.h>
 #include <linux/sched/signal.h>
@@ -376,11 +377,12 @@ static long stream_add_region(struct file *file, void *arg)
 	struct lmtrack_stream *stream = file->private_data;
 	const struct lmtrack_stream_add_region *add = arg;
 	struct file *region_file;
-	unsigned int i;
+	unsigned int index, i;
 	long ret = 0;
 
 	if (add->index >= LMTRACK_REGIONS_MAX)
 		return -EINVAL;
+	index = array_index_nospec(add->index, LMTRACK_REGIONS_MAX);
 	region_file = fget(add->fd);
 	if (!region_file)
 		return -EBADF;
@@ -397,10 +399,10 @@ static long stream_add_region(struct file *file, void *arg)
 	for (i = 0; !ret && i < LMTRACK_REGIONS_MAX; i++)
 		if (stream_region(stream, i) == lmtrack_region_of(region_file))
 			ret = -EEXIST;
-	if (!ret && stream->regions[add->index])
+	if (!ret && stream->regions[index])
 		ret = -EEXIST;
 	if (!ret) {
-		stream->regions[add->index] = region_file;
+		stream->regions[index] = region_file;
 		stream->region_count++;
 	}
 	mutex_unlock(&stream->lock);
@@ -665,6 +667,7 @@ static long stream_channel_stats(struct file *file, void *arg)
 	struct lmtrack_channel_stats *stats = arg;
 	u32 channel = stats->channel;
 	u32 size = stats->size;
+	unsigned int index;
 
 	if (stats->reserved)
 		return -EINVAL;
@@ -674,7 +677,8 @@ static long stream_channel_stats(struct file *file, void *arg)
 		mutex_unlock(&stream->lock);
 		return -EINVAL;
 	}
-	*stats = stream->channels[channel]->stats;
+	index = array_index_nospec(channel, stream->channel_count);
+	*stats = stream->channels[index]->stats;
 	mutex_unlock(&stream->lock);
 	stats->size = size;
 	stats->channel = channel;
