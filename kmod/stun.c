@@ -15,8 +15,11 @@
  *
  * A thread sleeps between its fault and the write itself. Should the page be harvested
  * meanwhile, the write faults once more, and counts once more: the page has to be sent again.
- * But a thread is delayed at most twice in a row for the same page, or it would not get on while
- * harvests come faster than delays end.
+ * But a thread is delayed at most twice for the same page, or it would not get on while harvests
+ * come faster than delays end. An instruction may need several pages to be writable at once
+ * (one that lies across two, and in a guest the tables that lead to them), each of which faults
+ * in its turn, while those before are harvested again: so a thread's last pages are remembered,
+ * for a time in which the last of them has had its delays, too.
  *
  * A setting is read without a lock, by its fields. A new one is written under harvest_lock; the
  * generation is raised last and read first, so a wait that was worked out from a mixture belongs
@@ -54,8 +57,14 @@
 #define STUN_HASH_BITS		7
 /* Enough for the largest guest's processors and their helpers. */
 #define STUN_THREADS_MAX	1024
-/* Delays in a row for the same page. */
+/*
+ * Pages that one instruction of a guest may need: two of data, and up to four levels of tables
+ * that lead to its code and to each of them.
+ */
+#define STUN_PAGES		16
+/* Delays for the same page, until it has faulted so often that all these have had theirs. */
 #define STUN_WAITS_MAX		2
+#define STUN_WAITS_CYCLE	(2 * STUN_WAITS_MAX * STUN_PAGES)
 /* How late a wait may end for the sake of one timer interrupt less. */
 #define STUN_SLACK_NS		(10 * NSEC_PER_USEC)
 
@@ -69,8 +78,10 @@
  * @queued:	@work is queued or runs; @stun is referenced for it
  * @generation:	of the setting that @deadline follows from
  * @deadline:	when the wait ends, on the monotonic clock
- * @page:	the page of the last wait
- * @waits:	how many in a row were for it
+ * @pages:	the last ones it was to wait for; without the high bits, as two that are taken for
+ *		one cost no more than a delay
+ * @waits:	how often for each, modulo STUN_WAITS_CYCLE; 0: no such page
+ * @oldest:	the one to be forgotten next
  * @figures:	for the user, without the pid
  */
 struct stun_thread {
@@ -82,8 +93,9 @@ struct stun_thread {
 	bool queued;
 	u32 generation;
 	s64 deadline;
-	u64 page;
-	unsigned int waits;
+	u32 pages[STUN_PAGES];
+	u8 waits[STUN_PAGES];
+	u8 oldest;
 	struct lmtrack_stun_thread figures;
 };
 
@@ -265,11 +277,19 @@ static void stun_queue(struct stun_thread *thread, u32 generation, s64 deadline)
 /* It has waited for this page, and the write has not come about for a harvest each time. */
 static bool thread_waited_enough(struct stun_thread *thread, pgoff_t page)
 {
-	if (thread->page != page)
-		thread->waits = 0;
-	thread->page = page;
-	thread->waits = (thread->waits + 1) % (STUN_WAITS_MAX + 1);
-	return !thread->waits;
+	unsigned int i;
+
+	for (i = 0; i < STUN_PAGES; i++)
+		if (thread->waits[i] && thread->pages[i] == (u32)page)
+			break;
+	if (i == STUN_PAGES) {
+		i = thread->oldest;
+		thread->oldest = (i + 1) % STUN_PAGES;
+		thread->pages[i] = page;
+		thread->waits[i] = 0;
+	}
+	thread->waits[i] = thread->waits[i] % STUN_WAITS_CYCLE + 1;
+	return thread->waits[i] > STUN_WAITS_MAX;
 }
 
 /* One more page is dirty: who made it so has to wait, or not. */

@@ -776,6 +776,39 @@ STUN_TEST(writers_get_on_while_harvests_are_short)
 		pthread_join(writers[i].thread, NULL);
 }
 
+/* One store whose bytes lie in two pages; it gets on when both are writable at once. */
+static void *straddler_run(void *arg)
+{
+	struct writer *writer = arg;
+	size_t i;
+
+	for (i = 0; i < writer->pages; i++) {
+		unsigned char *end = writer->mem + (writer->first + 2 * i + 1) * PAGE;
+
+		*(volatile uint64_t *)(end - 4) = ~0ULL;
+		writer->done = i + 1;
+	}
+	return NULL;
+}
+
+STUN_TEST(a_store_to_two_pages_gets_on_while_harvests_are_short)
+{
+	struct writer writer = { .mem = self->mem, .first = 0, .pages = 10 };
+	double end = lmt_seconds() + 60;
+
+	ASSERT_EQ(0, stun_set(self->fd, 1, MAX_US));
+	ASSERT_EQ(0, pthread_create(&writer.thread, NULL, straddler_run, &writer));
+	while (writer.done < writer.pages && lmt_seconds() < end)
+		ASSERT_LE(0, lmt_dirty(self->fd, LMTRACK_DIRTY_CLEAR, 0, PAGES, self->bitmap));
+	printf("# %zu stores, %llu delays\n", writer.done,
+	       (unsigned long long)stun_stats(self->fd, NULL, 0).stuns);
+	EXPECT_EQ(writer.pages, writer.done);
+	/* Two for each page. */
+	EXPECT_GE(2 * 2 * writer.pages, stun_stats(self->fd, NULL, 0).stuns);
+	ASSERT_EQ(0, stun_set(self->fd, 0, 0));
+	pthread_join(writer.thread, NULL);
+}
+
 STUN_TEST(all_at_once)
 {
 	struct lmtrack_stun_thread threads[LMTRACK_STUN_THREADS];
