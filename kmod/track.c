@@ -526,21 +526,23 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
  * that is a thousand references, or with a plain one, as direct I/O does in 6.1 and KVM for
  * the guests of a guest. Others are the page cache, each mapping, and who is about to put the
  * page on an LRU list: he counts only if the page was on none before and after we looked, as
- * who takes it off a list clears the flag first. References are read before mappings, because
- * an unmapping gives up the mapping first. Whoever holds the page for an instant makes it be
- * sent once more than needed.
+ * who takes it off a list clears the flag first. An unmapping gives up the mapping before the
+ * reference, so mappings are read after references; and before, too, as a mapping may come
+ * without the folio's lock: fork() copies those of a VMA with userfaultfd's write protection.
+ * Whoever holds the page for an instant makes it be sent once more than needed.
  */
 static bool folio_held(struct folio *folio)
 {
 	bool listed = folio_test_lru(folio);
 	int refs, mappings;
 
-	/* The flag, then the references, then mappings and flag: see above. */
+	mappings = atomic_read(&folio->_mapcount) + 1;
+	/* Flag and mappings, then the references, then mappings and flag: see above. */
 	smp_rmb();
 	refs = folio_ref_count(folio);
 	/* As before. */
 	smp_rmb();
-	mappings = atomic_read(&folio->_mapcount) + 1;
+	mappings = min(mappings, atomic_read(&folio->_mapcount) + 1);
 	listed |= folio_test_lru(folio);
 	return refs > 1 + mappings + !listed;
 }
