@@ -25,20 +25,32 @@
 #define BEYOND 4		/* points of what is left, beyond the longest interval measured */
 #define TURNS 16		/* until the length of a round is that of what it carries */
 
+/* Of a double what fits. */
+static uint64_t whole(double value)
+{
+	if (!(value > 0))
+		return 0;
+	return value < 0x1p64 ? (uint64_t)value : UINT64_MAX;
+}
+
+static bool is_near(uint64_t a, uint64_t b)
+{
+	return a <= b * NEAR && b <= a * NEAR;
+}
+
 void kmig_curve_add(struct kmig_curve *curve, uint64_t interval_ns, uint64_t pages)
 {
 	struct kmig_curve_point *points = curve->points;
 	struct kmig_curve_point point = { interval_ns, pages };
-	unsigned int at = 0;
+	unsigned int kept = 0, at = 0;
 
 	if (!interval_ns)
 		return;
-	for (unsigned int i = 0; i < curve->count; i++) {
-		if (points[i].interval_ns <= interval_ns * NEAR && interval_ns <= points[i].interval_ns * NEAR) {
-			points[i] = point;
-			return;
-		}
-	}
+	/* It may be near two of them, between which no place is left. */
+	for (unsigned int i = 0; i < curve->count; i++)
+		if (!is_near(points[i].interval_ns, interval_ns))
+			points[kept++] = points[i];
+	curve->count = kept;
 	while (at < curve->count && points[at].interval_ns < interval_ns)
 		at++;
 	if (curve->count == KMIG_CURVE_POINTS) {
@@ -100,7 +112,7 @@ void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *le
 {
 	*left = *working_set;
 	for (unsigned int i = 0; i < left->count; i++)
-		left->points[i].pages = mean(working_set, left->points[i].interval_ns);
+		left->points[i].pages = whole(mean(working_set, left->points[i].interval_ns));
 	/*
 	 * Of a working set that is exhausted the mean still grows, ever more slowly: the law of its
 	 * last two points would not know that.
@@ -108,8 +120,10 @@ void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *le
 	for (int i = 0; i < BEYOND && left->count && left->count < KMIG_CURVE_POINTS; i++) {
 		struct kmig_curve_point last = left->points[left->count - 1];
 
+		if (last.interval_ns > UINT64_MAX / 4)
+			break;
 		last.interval_ns *= 4;
-		last.pages = mean(working_set, last.interval_ns);
+		last.pages = whole(mean(working_set, last.interval_ns));
 		left->points[left->count++] = last;
 	}
 }
@@ -176,7 +190,7 @@ static void play_through(const struct play *play, struct kmig_forecast *out)
 		sent += carried;
 		total += took;
 		if (!out->rounds++)
-			out->next_pages = rest;
+			out->next_pages = whole(rest);
 		pages_ns = transfer_ns(opts, rest + opts->held_pages);
 		if (pages_ns <= limit - reserve) {
 			out->converges = pages_ns + opts->blackout_ns <= limit &&
@@ -189,9 +203,9 @@ static void play_through(const struct play *play, struct kmig_forecast *out)
 			break;
 		pages = rest;
 	}
-	out->bytes = (sent + rest + opts->held_pages) * opts->page_size;
-	out->downtime_ns = pages_ns + opts->blackout_ns;
-	out->total_ns = total + out->downtime_ns;
+	out->bytes = whole((sent + rest + opts->held_pages) * opts->page_size);
+	out->downtime_ns = whole(pages_ns + opts->blackout_ns);
+	out->total_ns = whole(total + out->downtime_ns);
 }
 
 void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *curve,
@@ -217,7 +231,7 @@ void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig
 
 static int check(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts)
 {
-	if (!opts->page_size || !(opts->bytes_per_second > 0))
+	if (!opts->page_size || !(opts->bytes_per_second > 0) || isinf(opts->bytes_per_second))
 		return kmig_fail(ctx, -EINVAL, "forecast: the page size and the rate of the link must be given");
 	if (opts->bytes > opts->ram_bytes)
 		return kmig_fail(ctx, -EINVAL, "forecast: %llu bytes in use of %llu bytes of memory",
@@ -230,6 +244,11 @@ static int check(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts)
 	if (!(opts->convergence > 0 && opts->convergence < 1))
 		return kmig_fail(ctx, -EINVAL, "forecast: rounds must shrink to a fraction between 0 and 1, not %g",
 				 opts->convergence);
+	if (!isfinite(opts->stun_floor))
+		return kmig_fail(ctx, -EINVAL, "forecast: a floor of %g pages a second is no number", opts->stun_floor);
+	for (unsigned int i = 0; i < opts->points; i++)
+		if (!opts->curve[i].interval_ns)
+			return kmig_fail(ctx, -EINVAL, "forecast: point %u of the curve has an interval of 0", i);
 	return 0;
 }
 
@@ -249,5 +268,8 @@ int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *given, 
 		kmig_curve_add(&working_set, opts.curve[i].interval_ns, opts.curve[i].pages);
 	kmig_curve_left(&working_set, &left_dirty);
 	kmig_forecast_play(&opts, &left_dirty, &out);
+	if (out.total_ns == UINT64_MAX || out.bytes == UINT64_MAX)
+		return kmig_fail(ctx, -ERANGE, "forecast: it would take longer than 584 years or send more than 16 EiB: are rate (%g bytes/s) and memory (%llu bytes) right?",
+				 opts.bytes_per_second, (unsigned long long)opts.ram_bytes);
 	return kmig_fill_sized(ctx, forecast, &out, sizeof(out), "forecast");
 }

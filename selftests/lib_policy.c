@@ -168,6 +168,23 @@ TEST(curve_that_is_full_forgets_the_shortest)
 		EXPECT_LT(curve.points[i - 1].interval_ns, curve.points[i].interval_ns);
 }
 
+/* Near two at once: it takes the place of both. */
+TEST(curve_stays_in_order)
+{
+	struct kmig_curve curve = { 0 };
+
+	kmig_curve_add(&curve, 100, 1);
+	kmig_curve_add(&curve, 126, 2);
+	kmig_curve_add(&curve, 400, 3);
+	kmig_curve_add(&curve, 124, 4);
+	kmig_curve_add(&curve, 130, 5);
+	for (unsigned int i = 1; i < curve.count; i++)
+		EXPECT_LT(curve.points[i - 1].interval_ns, curve.points[i].interval_ns);
+	EXPECT_EQ(2, curve.count);
+	EXPECT_EQ(5, kmig_curve_pages(&curve, 130));
+	EXPECT_EQ(3, kmig_curve_pages(&curve, 400));
+}
+
 /* 1000 pages, written within a second: half of a round of one second, all of a long one. */
 TEST(what_rounds_leave)
 {
@@ -320,6 +337,8 @@ TEST_F(forecast, options)
 	REFUSED(page_size, 0, "page size");
 	REFUSED(bytes_per_second, 0, "rate");
 	REFUSED(bytes_per_second, NAN, "rate");
+	REFUSED(bytes_per_second, INFINITY, "rate");
+	REFUSED(stun_floor, INFINITY, "floor");
 	REFUSED(bytes, 4096ull * MIB, "in use");
 	REFUSED(points, KMIG_CURVE_POINTS + 1, "points");
 	REFUSED(curve, NULL, "points");
@@ -329,6 +348,37 @@ TEST_F(forecast, options)
 	REFUSED(convergence, 1, "fraction");
 	REFUSED(convergence, NAN, "fraction");
 	REFUSED(size, 4, "size");
+	self->curve[0].interval_ns = 0;
+	REFUSED(points, 1, "interval");
+}
+
+/* More nanoseconds, or bytes, than there are numbers for. */
+TEST_F(forecast, beyond_all_numbers)
+{
+	self->curve[0].pages = 1000;
+	self->opts.bytes_per_second = 1e-3;
+	EXPECT_EQ(-ERANGE, kmig_forecast(self->ctx, &self->opts, &self->out));
+	EXPECT_NE(NULL, strstr(kmig_ctx_error(self->ctx), "584 years")) TH_LOG("%s", kmig_ctx_error(self->ctx));
+	self->opts.bytes_per_second = 1e-308;
+	EXPECT_EQ(-ERANGE, kmig_forecast(self->ctx, &self->opts, &self->out));
+	self->opts.bytes_per_second = 1e18;
+	self->opts.ram_bytes = self->opts.bytes = UINT64_MAX - PAGE + 1;
+	self->curve[0].pages = UINT64_MAX;
+	self->opts.no_stun = true;
+	EXPECT_EQ(-ERANGE, kmig_forecast(self->ctx, &self->opts, &self->out));
+}
+
+/* What is drawn on beyond the longest interval stays in order, too. */
+TEST(longest_of_all_intervals)
+{
+	struct kmig_curve set = { 0 }, left;
+
+	kmig_curve_add(&set, UINT64_MAX / 3, UINT64_MAX / 2);
+	kmig_curve_add(&set, UINT64_MAX / 2, UINT64_MAX);
+	kmig_curve_left(&set, &left);
+	ASSERT_LE(2, left.count);
+	for (unsigned int i = 1; i < left.count; i++)
+		EXPECT_LT(left.points[i - 1].interval_ns, left.points[i].interval_ns);
 }
 
 /* ---- Policy ---- */

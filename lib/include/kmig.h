@@ -219,7 +219,7 @@ struct kmig_forecast {
  * @convergence of the wire's rate down to the floor. The formulas stand in lib/forecast.c and,
  * with their source, in Documentation/convergence.rst.
  *
- * EINVAL: an option is missing or out of range.
+ * EINVAL: an option is missing or out of range. ERANGE: the figures are beyond all numbers.
  */
 int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts, struct kmig_forecast *forecast);
 
