@@ -210,6 +210,18 @@ TEST_F(forecast, text)
 	EXPECT_NE(NULL, strstr(self->out, "converges\n1 round")) TH_LOG("%s", self->out);
 }
 
+#define NINES "99999999999999999999999999999999999999999999999999"
+
+/* A rate at which all of the set is dirty at once: no less is left than of a slower guest. */
+TEST_F(forecast, dirty_at_once)
+{
+	struct json_object *root = run_json(self, "--memory 1G --working-set 8K --dirty-rate 1000000TB/s --bandwidth 1MB/s");
+
+	ASSERT_NE(NULL, root);
+	EXPECT_LT(8000, number(json_object_array_get_idx(at(root, "rounds"), 0), "dirty-bytes"));
+	json_object_put(root);
+}
+
 TEST_F(forecast, errors)
 {
 	static const struct { const char *options; int status; const char *message; } bad[] = {
@@ -223,6 +235,9 @@ TEST_F(forecast, errors)
 		{ "--bandwidth 1G --dirty-rate 1M", EXIT_USAGE, "--memory and --dirty-rate are needed" },
 		{ EXAMPLE "--downtime 0", EXIT_USAGE, "--downtime must be a number from 1 to 60000, not '0'" },
 		{ EXAMPLE "--used 3G", EXIT_FAILED, "bytes in use of" },
+		{ "--bandwidth " NINES " --memory 1G --dirty-rate 1M", EXIT_USAGE, "is more than any link or memory" },
+		{ "--bandwidth 1G --memory 1G --dirty-rate 9" NINES "TB/s", EXIT_USAGE, "is more than any link or memory" },
+		{ "--bandwidth 0.0000001B/s --memory 1G --dirty-rate 1M", EXIT_FAILED, "longer than 584 years" },
 		{ EXAMPLE "more", EXIT_USAGE, "unexpected argument 'more'" },
 		{ "--bandwidth 1G --qmp /nonexistent", EXIT_FAILED, "/nonexistent: No such file or directory" },
 	};

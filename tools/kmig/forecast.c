@@ -124,8 +124,8 @@ static int watch(struct forecast *f)
 static void imagine(struct forecast *f)
 {
 	uint64_t set = f->working_set && f->working_set < f->memory ? f->working_set : f->memory;
-	double interval = fmin(1e9 * (double)set / f->dirty_rate, LONGEST_NS);
-	double pages = f->dirty_rate * interval / 1e9 / f->opts.page_size;
+	double interval = fmin(fmax(1e9 * (double)set / f->dirty_rate, 1), LONGEST_NS);
+	double pages = fmin(f->dirty_rate * interval / 1e9, (double)set) / f->opts.page_size;
 
 	f->opts.ram_bytes = f->memory;
 	f->opts.bytes = f->used ? f->used : f->memory;

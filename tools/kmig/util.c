@@ -153,6 +153,8 @@ int parse_decimal(const char *what, const char *text, double min, double max, do
 	return 0;
 }
 
+#define RATE_MAX 1e18	/* bytes a second: a million times the fastest link */
+
 /*
  * What people write: 10Gbit, 10Gbps, 1.25GB/s, 400 Mbit/s, 120MiB/s, 100M. Bits come in powers of
  * 1000, and so do bytes with a B; a unit alone is one of 1024, as in sizes. Pages are of 4 KiB.
@@ -194,6 +196,8 @@ int parse_rate(const char *what, const char *text, double *bytes_per_second)
 			continue;
 		for (value *= units[i].bytes; power; power--)
 			value *= thousand ? thousand : units[i].thousand;
+		if (value > RATE_MAX)
+			return fail(EINVAL, "%s: '%s' is more than any link or memory takes", what, text);
 		*bytes_per_second = value;
 		return 0;
 	}
