@@ -394,6 +394,8 @@ static void put_page(FILE *f, const void *data)
 		put_rounds(f, story);
 		put_forecast(f, story);
 		put_guest(f, story);
+	} else if (story->account->report.state_ns[KMIG_STATE_FIRST_PASS]) {
+		fputs("<p>What was sent is not known any more.</p>\n", f);
 	} else {
 		fputs("<p>Nothing was sent.</p>\n", f);
 	}

@@ -17,14 +17,7 @@
 
 #define CONNECT_TIMEOUT_MS 10000
 #define QUIT_TIMEOUT_MS 10000
-
-/* What the front must know should the worker be killed. */
-struct footprint {
-	volatile bool set_up;		/* QEMU's capabilities are ours */
-	volatile bool paused;		/* by us, not yet running again */
-	volatile bool completed;
-	volatile enum kmig_state state;
-};
+#define PROBE_MS_MIN 10
 
 struct migration {
 	struct kmig_source_opts opts;
@@ -58,8 +51,10 @@ static int pause_guest(void *data)
 static int resume_guest(void *data)
 {
 	struct migration *m = data;
-	int ret = vmm_resume(&m->vmm);
+	int ret;
 
+	m->footprint->resuming = true;
+	ret = vmm_resume(&m->vmm);
 	if (!ret)
 		m->footprint->paused = false;
 	return ret;
@@ -87,6 +82,7 @@ static void progress(const struct kmig_report *report, void *data)
 	struct migration *m = data;
 
 	m->footprint->state = report->state;
+	m->footprint->report = *report;
 	account_progress(&m->account, report);
 	timeline_add(m->timeline, report);
 	progress_update(&m->progress, report);
@@ -123,6 +119,18 @@ static void abort_active(void)
 	kmig_source_abort(active);
 }
 
+/* Should we be killed the front sets QEMU back to this; what does not fit, it cannot. */
+static void note_plan(const struct vmm *v, struct footprint *f)
+{
+	const char *capabilities = json_object_to_json_string(v->capabilities);
+	const char *parameters = json_object_to_json_string(v->parameters);
+
+	if (strlen(capabilities) < sizeof(f->capabilities))
+		strcpy(f->capabilities, capabilities);
+	if (strlen(parameters) < sizeof(f->parameters))
+		strcpy(f->parameters, parameters);
+}
+
 static int prepare(struct migration *m)
 {
 	int ret = open_context(&m->ctx, m->verbose);
@@ -133,9 +141,11 @@ static int prepare(struct migration *m)
 		ret = vmm_check_source(&m->vmm);
 	if (!ret)
 		ret = find_region(&m->vmm, m->ctx, m->qmp, &m->region, &m->pidfd);
+	if (!ret)
+		ret = vmm_plan(&m->vmm);
 	if (ret)
 		return ret;
-	m->footprint->set_up = true;
+	note_plan(&m->vmm, m->footprint);
 	ret = vmm_set_up(&m->vmm);
 	return ret ? ret : vmm_open_outgoing(&m->vmm);
 }
@@ -222,25 +232,24 @@ static bool write_page(const struct migration *m, const char *error)
 	return !html_write(&story, m->page_path);
 }
 
-/* All that were asked for, whatever becomes of one of them. */
-static bool write_reports(const struct migration *m, bool failed)
+static bool is_asked_for(const struct migration *m)
+{
+	return m->json || m->report_path || m->page_path;
+}
+
+/* All that were asked for, whatever becomes of one of them. @failed: why is in failure(). */
+static void write_reports(const struct migration *m, bool failed)
 {
 	char error[1024] = "";
-	bool all = true;
 
 	if (failed)
 		snprintf(error, sizeof(error), "%s", failure());
 	failure_clear();
-	if (report_finish(&m->account, error, m->json, m->report_path)) {
+	if (report_finish(&m->account, error, m->json, m->report_path))
 		say("%s", failure());
-		all = false;
-	}
 	failure_clear();
-	if (m->page_path && !write_page(m, error)) {
+	if (m->page_path && !write_page(m, error))
 		say("%s", failure());
-		all = false;
-	}
-	return all;
 }
 
 static void tear_down(struct migration *m)
@@ -258,7 +267,7 @@ static void tear_down(struct migration *m)
 static int work(void *data)
 {
 	struct migration *m = data;
-	bool tell = m->json || m->report_path || m->page_path;
+	bool tell = is_asked_for(m);
 	int ret, code;
 
 	m->account.report.verdict = KMIG_FAILED;
@@ -274,56 +283,30 @@ static int work(void *data)
 	else if (m->vmm.qmp && vmm_restore(&m->vmm))
 		m->lost = m->account.report.verdict != KMIG_UNKNOWN;
 	code = tell_outcome(m);
-	/* An error after the guest has moved has been told, and is none of the migration. */
-	if (tell && !write_reports(m, ret) && code == EXIT_DONE)
-		code = EXIT_FAILED;
+	/* The exit status tells where the guest is, whether or not all reports could be written. */
+	if (tell)
+		write_reports(m, ret);
+	m->footprint->told = true;
 	tear_down(m);
 	return code;
 }
 
 /* ---- the front, when the worker was killed ------------------------------------------------- */
 
-static int recover(struct migration *m)
-{
-	static const char *const ours[] = { "x-ignore-shared", "events" };
-	size_t i;
-	int ret = vmm_connect(&m->vmm, m->qmp, CONNECT_TIMEOUT_MS);
-
-	if (!ret && m->footprint->paused)
-		ret = vmm_resume(&m->vmm);
-	if (ret || !m->footprint->set_up)
-		return ret;
-	m->vmm.capabilities = json_object_new_array();
-	for (i = 0; i < sizeof(ours) / sizeof(ours[0]); i++) {
-		struct json_object *c = json_object_new_object();
-
-		json_object_object_add(c, "capability", json_object_new_string(ours[i]));
-		json_object_object_add(c, "state", json_object_new_boolean(false));
-		json_object_array_add(m->vmm.capabilities, c);
-	}
-	return vmm_restore(&m->vmm);
-}
-
 static int died(void *data)
 {
 	struct migration *m = data;
-	const struct footprint *f = m->footprint;
+	int code = rescue(m->footprint, m->qmp);
 
-	if (f->completed) {
-		say("the guest runs at the destination; the process that moved it was killed");
-		return EXIT_DONE;
-	}
-	/* The commit happens in this state; whether it did, only the dead one knew. */
-	if (f->paused && f->state >= KMIG_STATE_CHECK) {
-		say("the process that moved the guest was killed near the commit: the guest is paused here and may run there. If it runs there, end this QEMU (QMP 'quit'); only if it does not, let it go on here (QMP 'cont').");
-		return EXIT_UNKNOWN;
-	}
-	if (recover(m)) {
-		say("the process that moved the guest was killed, and QEMU does not answer: %s", failure());
-		return f->paused ? EXIT_UNKNOWN : EXIT_FAILED;
-	}
-	say("the process that moved the guest was killed: the guest runs on here");
-	return EXIT_FAILED;
+	say("%s", failure());
+	if (m->footprint->told)
+		return code;
+	if (m->footprint->report.size)
+		m->account.report = m->footprint->report;
+	m->account.report.verdict = code == EXIT_DONE ? KMIG_COMPLETED : code == EXIT_UNKNOWN ? KMIG_UNKNOWN : KMIG_FAILED;
+	if (is_asked_for(m))
+		write_reports(m, code != EXIT_DONE);
+	return code;
 }
 
 /* ---- options ------------------------------------------------------------------------------------ */
@@ -362,8 +345,7 @@ static int take_report(const struct opt *opt, const char *text)
 static const struct opt options[] = {
 	OPT_TEXT("qmp", "PATH", &asked.qmp, "QEMU's QMP socket"),
 	OPT_ENDPOINT("to", "HOST[:PORT]", &asked.to, "where 'kmig receive' listens; IPv6 as [ADDRESS]:PORT"),
-	OPT_TEXT("secret", "FILE", &asked.secret_path,
-		 "what both sides know, at least 16 bytes, readable by the owner only"),
+	OPT_SECRET(&asked.secret_path),
 	OPT_U32("channels", "N", &asked.opts.channels, 1, 64, "data connections, 1 to 64 (2)"),
 	OPT_U32("downtime", "MS", &asked.opts.downtime_ms, 1, 60000,
 		"pause the guest once the rest is expected to take no longer (300)"),
@@ -384,32 +366,47 @@ static const struct opt options[] = {
 	OPT_FLAG(0, "no-zero-detection", &asked.opts.no_zero_detection, "do not look for pages that hold only zeroes"),
 	{ .name = "report", .argument = "FILE", .take = take_report, .value = &asked,
 	  .help = "write the report to FILE: as a page with charts if that ends in .html, else as JSON" },
-	OPT_FLAG('j', "json", &asked.json, "print the report as JSON"),
+	OPT_JSON(&asked.json),
 	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state and round"),
 	OPT_END
 };
 
+/* Nothing was begun; who asked for a report gets one all the same. */
+static int not_begun(struct migration *m)
+{
+	say("%s", failure());
+	m->account.report.verdict = KMIG_FAILED;
+	if (is_asked_for(m))
+		write_reports(m, true);
+	return EXIT_FAILED;
+}
+
 static int migrate_main(const struct verb *verb, char **operands)
 {
-	const struct supervised job = { .work = work, .died = died, .data = &asked };
 	struct migration *m = &asked;
+	const struct supervised job = {
+		.work = work,
+		.died = died,
+		.data = m,
+		.shared = (void **)&m->footprint,
+		.shared_size = sizeof(*m->footprint),
+	};
+	int code;
 
 	(void)operands;
 	if (!m->qmp || !m->to.host[0] || !m->secret_path)
 		return usage_error(verb, "--qmp, --to and --secret are needed");
 	if (!m->to.port)
 		return usage_error(verb, "--to: port 0 is none");
+	if (m->opts.probe_ms && m->opts.probe_ms < PROBE_MS_MIN)
+		return usage_error(verb, "--probe must be 0 or a number from %d to 60000, not '%u'", PROBE_MS_MIN, m->opts.probe_ms);
 	if (read_secret(m->secret_path, m->secret, &m->opts.secret_len))
-		return print_failure(EXIT_FAILED);
+		return not_begun(m);
 	m->opts.host = m->to.host;
 	m->opts.port = m->to.port;
 	m->opts.secret = m->secret;
-	m->footprint = shared_alloc(sizeof(*m->footprint));
-	if (!m->footprint) {
-		fail(ENOMEM, "no memory");
-		return print_failure(EXIT_FAILED);
-	}
-	return supervise(&job);
+	code = supervise(&job);
+	return code < 0 ? not_begun(m) : code;
 }
 
 const struct verb migrate_verb = {

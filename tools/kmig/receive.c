@@ -20,9 +20,10 @@
 #define END_TIMEOUT_MS 3000
 
 /* What the front must know should the worker be killed. */
-struct footprint {
+struct traces {
 	volatile pid_t qemu;		/* 0: none */
 	volatile bool committed;
+	volatile bool told;		/* the report is written */
 };
 
 struct reception {
@@ -39,7 +40,7 @@ struct reception {
 	struct kmig_destination *destination;
 	struct account account;
 	struct progress progress;
-	struct footprint *footprint;
+	struct traces *footprint;
 };
 
 /* ---- QEMU's process ------------------------------------------------------------------ */
@@ -305,10 +306,27 @@ static int tell_outcome(struct reception *r)
 	return EXIT_FAILED;
 }
 
+static bool is_asked_for(const struct reception *r)
+{
+	return r->json || r->report_path;
+}
+
+/* @failed: why is in failure(). */
+static void write_report_of(struct reception *r, bool failed)
+{
+	char error[1024] = "";
+
+	if (failed)
+		snprintf(error, sizeof(error), "%s", failure());
+	failure_clear();
+	if (report_finish(&r->account, error, r->json, r->report_path))
+		say("%s", failure());
+}
+
 static int work(void *data)
 {
 	struct reception *r = data;
-	bool tell = r->json || r->report_path;
+	bool tell = is_asked_for(r);
 	int ret, code;
 
 	r->account.report.verdict = KMIG_FAILED;
@@ -330,12 +348,23 @@ static int work(void *data)
 		vmm_restore(&r->vmm);
 	if (!r->footprint->committed)
 		end_qemu(&r->footprint->qemu);
-	if (tell && report_finish(&r->account, ret ? failure() : "", r->json, r->report_path))
-		say("the report could not be written to %s", r->report_path);
+	/* The exit status tells where the guest is, whether or not the report could be written. */
+	if (tell)
+		write_report_of(r, ret);
+	r->footprint->told = true;
 	kmig_destination_free(r->destination);
 	kmig_region_free(r->region);
 	kmig_ctx_free(r->ctx);
 	vmm_close(&r->vmm);
+	return code;
+}
+
+static int tell_end(struct reception *r, int code, enum kmig_verdict verdict)
+{
+	say("%s", failure());
+	r->account.report.verdict = verdict;
+	if (is_asked_for(r) && !(r->footprint && r->footprint->told))
+		write_report_of(r, true);
 	return code;
 }
 
@@ -344,14 +373,15 @@ static int died(void *data)
 {
 	struct reception *r = data;
 
+	failure_clear();
 	if (r->footprint->committed) {
-		say("the process that received the guest was killed after the commit: look whether QEMU (process %d) runs it before you let it go on at the source",
-		    r->footprint->qemu);
-		return EXIT_UNKNOWN;
+		fail(ECHILD, "the process that received the guest was killed after the commit: look whether QEMU (process %d) runs it before you let it go on at the source",
+		     r->footprint->qemu);
+		return tell_end(r, EXIT_UNKNOWN, KMIG_UNKNOWN);
 	}
 	end_qemu(&r->footprint->qemu);
-	say("the process that received the guest was killed: nothing was received");
-	return EXIT_FAILED;
+	fail(ECHILD, "the process that received the guest was killed: nothing was received");
+	return tell_end(r, EXIT_FAILED, KMIG_FAILED);
 }
 
 /* ---- options -------------------------------------------------------------------------------------- */
@@ -367,21 +397,27 @@ static struct reception asked = {
 static const struct opt options[] = {
 	OPT_ENDPOINT("listen", "ADDR[:PORT]", &asked.listen,
 		     "where to listen (127.0.0.1:4760); IPv6 as [ADDRESS]:PORT; port 0: any"),
-	OPT_TEXT("secret", "FILE", &asked.secret_path,
-		 "what both sides know, at least 16 bytes, readable by the owner only"),
+	OPT_SECRET(&asked.secret_path),
 	OPT_SIZE("memory", "SIZE", &asked.start.bytes, "the guest's memory, as at the source"),
 	OPT_TEXT("qmp", "PATH", &asked.start.qmp, "where QEMU is to make its QMP socket"),
 	OPT_TEXT("name", "NAME", &asked.start.name, "the region's name, for 'kmig region list'"),
 	OPT_TEXT("report", "FILE", &asked.report_path, "write the report to FILE as JSON"),
-	OPT_FLAG('j', "json", &asked.json, "print the report as JSON"),
+	OPT_JSON(&asked.json),
 	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state"),
 	OPT_END
 };
 
 static int receive_main(const struct verb *verb, char **operands)
 {
-	const struct supervised job = { .work = work, .died = died, .data = &asked };
 	struct reception *r = &asked;
+	const struct supervised job = {
+		.work = work,
+		.died = died,
+		.data = r,
+		.shared = (void **)&r->footprint,
+		.shared_size = sizeof(*r->footprint),
+	};
+	int code;
 
 	r->start.argv = operands;
 	if (!r->secret_path || !r->start.bytes || !r->start.qmp)
@@ -389,16 +425,12 @@ static int receive_main(const struct verb *verb, char **operands)
 	if (!operands[0])
 		return usage_error(verb, "QEMU's command is missing: write it behind '--'");
 	if (qemu_check_start(&r->start) || read_secret(r->secret_path, r->secret, &r->opts.secret_len))
-		return print_failure(EXIT_FAILED);
+		return tell_end(r, EXIT_FAILED, KMIG_FAILED);
 	r->opts.host = r->listen.host[0] ? r->listen.host : NULL;
 	r->opts.port = r->listen.port;
 	r->opts.secret = r->secret;
-	r->footprint = shared_alloc(sizeof(*r->footprint));
-	if (!r->footprint) {
-		fail(ENOMEM, "no memory");
-		return print_failure(EXIT_FAILED);
-	}
-	return supervise(&job);
+	code = supervise(&job);
+	return code < 0 ? tell_end(r, EXIT_FAILED, KMIG_FAILED) : code;
 }
 
 const struct verb receive_verb = {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The report of a migration: names as in QEMU's query-migrate, the same at both ends. */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -290,9 +291,10 @@ int report_finish(const struct account *a, const char *error, bool json, const c
 	report_put(o, a, error);
 	if (json)
 		out_print_json(o, stdout);
-	if (path)
-		ret = out_write_report(o, path);
+	if (fflush(stdout) || ferror(stdout))
+		ret = fail(EIO, "the report could not be written to standard output");
+	if (path && out_write_report(o, path))
+		ret = -EIO;
 	out_free(o);
-	fflush(stdout);
 	return ret;
 }

@@ -40,11 +40,14 @@ void on_interrupt(void (*fn)(void))
 		fn();
 }
 
-void *shared_alloc(size_t size)
+static int share(const struct supervised *job)
 {
-	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	void *p = mmap(NULL, job->shared_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
-	return p == MAP_FAILED ? NULL : p;
+	if (p == MAP_FAILED)
+		return fail(errno, "no memory to share with a process: %s", strerror(errno));
+	*job->shared = p;
+	return 0;
 }
 
 static void worker(const struct supervised *job, pid_t front, const sigset_t *mask)
@@ -87,8 +90,10 @@ int supervise(const struct supervised *job)
 {
 	sigset_t signals, old;
 	pid_t front = getpid(), pid;
-	int status, ret;
+	int status, ret = share(job);
 
+	if (ret)
+		return ret;
 	sigemptyset(&signals);
 	sigaddset(&signals, SIGINT);
 	sigaddset(&signals, SIGTERM);
@@ -99,10 +104,8 @@ int supervise(const struct supervised *job)
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	fflush(NULL);
 	pid = fork();
-	if (pid < 0) {
-		fail(errno, "cannot start a process: %s", strerror(errno));
-		return print_failure(EXIT_FAILED);
-	}
+	if (pid < 0)
+		return fail(errno, "cannot start a process: %s", strerror(errno));
 	if (!pid)
 		worker(job, front, &old);
 	ret = wait_for(pid, &signals, &status);

@@ -109,6 +109,9 @@ int take_endpoint(const struct opt *opt, const char *text);
 	{ .name = (n), .argument = (a), .take = take_choice, .value = OPT_TO(unsigned int, p), .choices = (list), .help = (h) }
 #define OPT_ENDPOINT(n, a, p, h) \
 	{ .name = (n), .argument = (a), .take = take_endpoint, .value = OPT_TO(struct endpoint, p), .help = (h) }
+/* What both ends of a migration have. */
+#define OPT_SECRET(p) OPT_TEXT("secret", "FILE", p, "what both sides know, at least 16 bytes, readable by the owner only")
+#define OPT_JSON(p) OPT_FLAG('j', "json", p, "print the report as JSON")
 #define OPT_END { .name = NULL }
 
 /* options_parse() - 0, or one of these, or -EINVAL; @optind is then where the operands begin */
@@ -149,9 +152,10 @@ struct supervised {
 	int (*work)(void *data);	/* runs in the worker; returns the exit code */
 	int (*died)(void *data);	/* runs in the front: the worker was killed; likewise */
 	void *data;
+	void **shared;			/* set to zeroed memory that front and worker share */
+	size_t shared_size;
 };
-int supervise(const struct supervised *job);
-void *shared_alloc(size_t size);	/* zeroed memory that front and worker share */
+int supervise(const struct supervised *job);	/* the exit code, or a negative errno: no worker was started */
 void on_interrupt(void (*fn)(void));	/* called in the signal handler; NULL: nothing */
 
 /* ---- qmp.c ---------------------------------------------------------------------------- */
@@ -187,6 +191,7 @@ struct vmm {
 	struct qmp *qmp;
 	struct json_object *capabilities;	/* what to set to undo vmm_set_up() */
 	struct json_object *parameters;
+	struct json_object *wanted;		/* what to set by it */
 	int stream;				/* our end of the device state's socket, or -1 */
 };
 #define VMM_INIT { .stream = -1 }
@@ -194,7 +199,8 @@ struct vmm {
 int vmm_connect(struct vmm *v, const char *path, int timeout_ms);
 int vmm_check_source(struct vmm *v);
 int vmm_check_memory(struct vmm *v, pid_t pid, int *fd, uint64_t *bytes);
-int vmm_set_up(struct vmm *v);
+int vmm_plan(struct vmm *v);		/* what to set, and what to set back; changes nothing */
+int vmm_set_up(struct vmm *v);		/* plans, unless that was done */
 int vmm_restore(struct vmm *v);
 int vmm_open_outgoing(struct vmm *v);
 int vmm_open_incoming(struct vmm *v);
@@ -204,6 +210,21 @@ int vmm_load(struct vmm *v, const void *state, size_t length);
 int vmm_resume(struct vmm *v);
 int vmm_status(struct vmm *v, char status[32]);
 void vmm_close(struct vmm *v);
+
+/* ---- rescue.c: the source's worker was killed -------------------------------------------------- */
+
+/* What the front must know then. In memory that it shares with the worker. */
+struct footprint {
+	volatile bool paused;		/* by us, not yet running again */
+	volatile bool resuming;		/* as it is not, and will not be, run at the destination */
+	volatile bool completed;
+	volatile bool told;		/* the reports are written */
+	volatile enum kmig_state state;
+	char capabilities[4096], parameters[256];	/* of QEMU, to be set back; JSON, or "" */
+	struct kmig_report report;	/* the last one; may be torn */
+};
+/** rescue() - set right what can be; returns the exit code and leaves in failure() what is so */
+int rescue(const struct footprint *f, const char *qmp);
 
 /* ---- find.c: the region that is its memory ------------------------------------------------- */
 
@@ -250,7 +271,7 @@ void account_progress(struct account *a, const struct kmig_report *now);
 void account_round(struct account *a, const struct kmig_round_report *round);
 void account_free(struct account *a);
 void report_put(struct out *o, const struct account *a, const char *error);
-/** report_finish() - to stdout as text or JSON, and to the file at @path unless it is NULL */
+/** report_finish() - to stdout as text or JSON, and to the file at @path unless it is NULL; both are tried */
 int report_finish(const struct account *a, const char *error, bool json, const char *path);
 
 struct progress {

@@ -238,19 +238,18 @@ static int set_capabilities(struct vmm *v, struct json_object *list)
  * Capabilities that we do not want are switched off: each (multifd, compression, postcopy,
  * a pause before switch-over) would change the stream or make QEMU wait for somebody.
  */
-static int set_up_capabilities(struct vmm *v)
+static int plan_capabilities(struct vmm *v)
 {
-	struct json_object *now, *set = json_object_new_array();
 	const size_t n_wanted = sizeof(wanted) / sizeof(wanted[0]);
+	struct json_object *now;
 	size_t i, k, found = 0;
 	int err;
 
 	err = query(v, "query-migrate-capabilities", json_type_array, &now);
-	if (err) {
-		json_object_put(set);
+	if (err)
 		return err;
-	}
 	v->capabilities = json_object_new_array();
+	v->wanted = json_object_new_array();
 	for (i = 0; i < json_object_array_length(now); i++) {
 		struct json_object *c = json_object_array_get_idx(now, i);
 		const char *name = text_of(c, "capability");
@@ -262,43 +261,66 @@ static int set_up_capabilities(struct vmm *v)
 		if (on == want)
 			continue;
 		add_capability(v->capabilities, name, on);
-		add_capability(set, name, want);
+		add_capability(v->wanted, name, want);
 	}
 	json_object_put(now);
-	if (found != n_wanted) {
-		json_object_put(set);
+	if (found != n_wanted)
 		return fail(EOPNOTSUPP, "this QEMU is too old: it lacks the migration capability x-ignore-shared");
-	}
-	return set_capabilities(v, set);
+	return 0;
 }
 
-static int set_up_parameters(struct vmm *v)
+static int plan_parameters(struct vmm *v)
 {
-	struct json_object *now, *set;
+	struct json_object *now;
 	int err;
 
 	err = query(v, "query-migrate-parameters", json_type_object, &now);
 	if (err)
 		return err;
-	if (*text_of(now, "tls-creds")) {
-		json_object_put(now);
-		return fail(EINVAL, "QEMU's migration parameter tls-creds is set: clear it, "
-			    "the device state stays on this host");
-	}
+	if (*text_of(now, "tls-creds"))
+		err = fail(EINVAL, "QEMU's migration parameter tls-creds is set: clear it, "
+			   "the device state stays on this host");
 	v->parameters = json_object_new_object();
 	json_object_object_add(v->parameters, "max-bandwidth",
 			       json_object_new_uint64(number_of(now, "max-bandwidth")));
 	json_object_put(now);
-	set = json_object_new_object();
-	json_object_object_add(set, "max-bandwidth", json_object_new_int64(BANDWIDTH_MAX));
-	return qmp_run(v->qmp, "migrate-set-parameters", set);
+	return err;
+}
+
+/* Nothing is changed yet, so there is nothing to be set back. */
+static void forget_plan(struct vmm *v)
+{
+	json_object_put(v->capabilities);
+	json_object_put(v->parameters);
+	json_object_put(v->wanted);
+	v->capabilities = v->parameters = v->wanted = NULL;
+}
+
+int vmm_plan(struct vmm *v)
+{
+	int err = plan_capabilities(v);
+
+	if (!err)
+		err = plan_parameters(v);
+	if (err)
+		forget_plan(v);
+	return err;
 }
 
 int vmm_set_up(struct vmm *v)
 {
-	int err = set_up_capabilities(v);
+	int err = v->wanted ? 0 : vmm_plan(v);
+	struct json_object *set;
 
-	return err ? err : set_up_parameters(v);
+	if (err)
+		return err;
+	err = set_capabilities(v, v->wanted);
+	v->wanted = NULL;
+	if (err)
+		return err;
+	set = json_object_new_object();
+	json_object_object_add(set, "max-bandwidth", json_object_new_int64(BANDWIDTH_MAX));
+	return qmp_run(v->qmp, "migrate-set-parameters", set);
 }
 
 int vmm_restore(struct vmm *v)
@@ -574,8 +596,7 @@ int vmm_resume(struct vmm *v)
 void vmm_close(struct vmm *v)
 {
 	close_stream(v);
-	json_object_put(v->capabilities);
-	json_object_put(v->parameters);
+	forget_plan(v);
 	qmp_close(v->qmp);
 	*v = (struct vmm)VMM_INIT;
 }
