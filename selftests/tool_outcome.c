@@ -26,7 +26,7 @@
 FIXTURE(outcome)
 {
 	char kmig[PATH_MAX], dir[64], secret[80], qmp[80];
-	pid_t front;
+	pid_t front, qemu;
 	int out, err;		/* of the command, to be read */
 	char said[1 << 16];	/* on standard error, so far */
 };
@@ -228,6 +228,83 @@ TEST_F(outcome, worker_killed)
 	kill(worker, SIGKILL);
 	ENDS(EXIT_FAILED, "failed", "was killed: nothing was received");
 	EXPECT_EQ(-1, kill(qemu, 0));
+}
+
+TEST_F(outcome, qemu_killed)
+{
+	receive(self, -1);
+	ASSERT_TRUE(hear(self, "listening on ")) TH_LOG("%s", self->said);
+	kill(child_of(child_of(self->front)), SIGKILL);
+	ENDS(EXIT_FAILED, "failed", "QEMU was ended by signal 9");
+}
+
+/* ---- A source, in this process ---- */
+
+static int nothing(void *data)
+{
+	(void)data;
+	return 0;
+}
+
+static int no_writes(unsigned int region, uint64_t first, uint64_t pages, uint64_t *bitmap, void *data)
+{
+	(void)region;
+	(void)first;
+	(void)pages;
+	(void)bitmap;
+	(void)data;
+	return 0;
+}
+
+/* And wait until all is over there. */
+static void kill_in_first_pass(const struct kmig_report *report, void *data)
+{
+	FIXTURE_DATA(outcome) *self = data;
+
+	if (report->state != KMIG_STATE_FIRST_PASS || !self->qemu)
+		return;
+	kill(self->qemu, SIGKILL);
+	self->qemu = 0;
+	hear(self, "nothing was received");
+}
+
+/* Its end is told as the cause, and not what followed from it. */
+TEST_F(outcome, qemu_killed_while_it_receives)
+{
+	struct kmig_source_ops ops = { .size = sizeof(ops), .pause = nothing, .resume = nothing, .dirty = no_writes,
+				       .progress = kill_in_first_pass };
+	struct kmig_region_opts memory = KMIG_REGION_OPTS_INIT;
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	struct kmig_region *region;
+	struct kmig_source *source;
+	struct kmig_ctx *ctx;
+	unsigned int port;
+
+	receive(self, -1);
+	ASSERT_TRUE(hear(self, "listening on 127.0.0.1:")) TH_LOG("%s", self->said);
+	ASSERT_TRUE(hear(self, "\n"));
+	ASSERT_EQ(1, sscanf(strstr(self->said, "127.0.0.1:"), "127.0.0.1:%u", &port));
+	self->qemu = child_of(child_of(self->front));
+	ASSERT_LT(0, self->qemu);
+
+	ASSERT_EQ(0, kmig_ctx_new(&ctx));
+	memory.kind = KMIG_REGION_MEMFD;
+	memory.bytes = 4 << 20;
+	ASSERT_EQ(0, kmig_region_create(ctx, &memory, &region));
+	memset(kmig_region_map(region), 1, memory.bytes);
+	opts.host = "127.0.0.1";
+	opts.port = port;
+	opts.secret = "0123456789abcdef";
+	opts.secret_len = 16;
+	opts.tracker = KMIG_TRACKER_EXTERNAL;
+	ASSERT_EQ(0, kmig_source_new(ctx, &opts, &ops, self, &source));
+	ASSERT_EQ(0, kmig_source_add_region(source, region));
+	EXPECT_NE(0, kmig_source_run(source));
+	EXPECT_EQ(0, self->qemu);
+	ENDS(EXIT_FAILED, "failed", "QEMU was ended by signal 9");
+	kmig_source_free(source);
+	kmig_region_free(region);
+	kmig_ctx_free(ctx);
 }
 
 TEST_F(outcome, full)

@@ -41,6 +41,7 @@ struct reception {
 	struct account account;
 	struct progress progress;
 	struct traces *footprint;
+	bool qemu_ended;	/* of itself */
 };
 
 /* ---- QEMU's process ------------------------------------------------------------------ */
@@ -86,6 +87,7 @@ static int check_alive(struct reception *r)
 	if (waitpid(r->footprint->qemu, &status, WNOHANG) != r->footprint->qemu)
 		return 0;
 	r->footprint->qemu = 0;
+	r->qemu_ended = true;
 	failure_clear();
 	if (WIFSIGNALED(status))
 		return fail(ECHILD, "QEMU was ended by signal %d", WTERMSIG(status));
@@ -199,6 +201,8 @@ static void discard(void *data)
 	struct reception *r = data;
 
 	signal(SIGCHLD, SIG_DFL);
+	/* Its own end is why all this ends: say so before it is forgotten. */
+	check_alive(r);
 	end_qemu(&r->footprint->qemu);
 }
 
@@ -282,6 +286,9 @@ static int run_engine(struct reception *r)
 	status_line(NULL);
 	if (ret && !r->footprint->committed)
 		check_alive(r);
+	/* The engine was aborted, but by nobody's wish. */
+	if (r->qemu_ended && r->account.report.verdict == KMIG_CANCELLED)
+		r->account.report.verdict = KMIG_FAILED;
 	if (ret)
 		fail(-ret, "%s", kmig_ctx_error(r->ctx));
 	return ret;
