@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <json-c/json.h>
@@ -255,6 +256,35 @@ static const char *const nonsense[] = {
 	"{\"QMP\": {} /* comment */ }\n", "{\"a\": nan}\n",
 	"\377\377\377\377\n",
 };
+
+/* QEMU takes one client, and the next may wait; no more get in. */
+TEST(no_room)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = "/tmp/kmig-qmp.XXXXXX" };
+	int listening = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int waiting = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	char *path = address.sun_path;
+	struct qmp *q = NULL;
+	int64_t begin;
+
+	ASSERT_NE(NULL, mkdtemp(path));
+	strcat(path, "/qmp");
+	ASSERT_EQ(0, bind(listening, (struct sockaddr *)&address, sizeof(address)));
+	ASSERT_EQ(0, listen(listening, 0));
+	ASSERT_EQ(0, connect(waiting, (struct sockaddr *)&address, sizeof(address)));
+	begin = now_ms();
+	failure_clear();
+	EXPECT_EQ(-ETIMEDOUT, qmp_connect(path, 300, &q));
+	EXPECT_LE(300, now_ms() - begin);
+	EXPECT_GT(3000, now_ms() - begin);
+	EXPECT_NE(NULL, strstr(failure(), "other clients wait")) TH_LOG("%s", failure());
+	failure_clear();
+	close(waiting);
+	close(listening);
+	unlink(path);
+	*strrchr(path, '/') = '\0';
+	rmdir(path);
+}
 
 FIXTURE(bad) { int unused; };
 FIXTURE_SETUP(bad) { (void)self; failure_clear(); interrupted = 0; }

@@ -354,6 +354,7 @@ int qmp_attach(int fd, int timeout_ms, struct qmp **qmp)
 
 int qmp_connect(const char *path, int timeout_ms, struct qmp **qmp)
 {
+	struct timeval limit = { timeout_ms / 1000, timeout_ms % 1000 * 1000 };
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int fd, err;
 
@@ -363,9 +364,15 @@ int qmp_connect(const char *path, int timeout_ms, struct qmp **qmp)
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return fail(errno, "socket: %s", strerror(errno));
+	/* QEMU takes one client at a time; where too many wait for their turn, connect() waits, too. */
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 	if (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
 		err = errno;
 		close(fd);
+		if (err == EINTR && interrupted)
+			return fail(ECANCELED, "interrupted");
+		if (err == EAGAIN)
+			return fail(ETIMEDOUT, "%s: QEMU takes one client at a time, and other clients wait already", path);
 		return fail(err, "%s: %s", path, err == ECONNREFUSED ? "no QEMU listens there" : strerror(err));
 	}
 	return qmp_attach(fd, timeout_ms, qmp);
