@@ -2,6 +2,7 @@
 /* What a user types, what a report says, what QEMU is given. */
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -362,6 +363,82 @@ TEST(output)
 	ASSERT_TRUE(json_object_object_get_ex(root, "yes", &value));
 	EXPECT_TRUE(json_object_get_boolean(value));
 	json_object_put(root);
+}
+
+/* JSON has no word for them, and takes no bytes that are no text. */
+TEST(output_of_what_json_cannot_have)
+{
+	struct json_object *root, *value;
+	struct out *o = out_new(NULL);
+	char *text = NULL;
+	size_t length;
+	FILE *file;
+
+	out_object(o, NULL);
+	out_float(o, "inf", NULL, INFINITY);
+	out_float(o, "nan", NULL, NAN);
+	out_string(o, "text", NULL, "a\xff\xc3\xa9\xe2\x82\x1b\"");
+	out_end(o);
+	file = open_memstream(&text, &length);
+	out_print_json(o, file);
+	fclose(file);
+	out_free(o);
+	root = json_tokener_parse(text);
+	ASSERT_NE(NULL, root) TH_LOG("%s", text);
+	EXPECT_EQ(NULL, strstr(text, "nf,")) TH_LOG("%s", text);
+	ASSERT_TRUE(json_object_object_get_ex(root, "nan", &value));
+	EXPECT_EQ(NULL, value);
+	ASSERT_TRUE(json_object_object_get_ex(root, "text", &value));
+	EXPECT_STREQ("a\xef\xbf\xbd\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\"", json_object_get_string(value));
+	json_object_put(root);
+	free(text);
+}
+
+static struct out *small_report(void)
+{
+	struct out *o = out_new(NULL);
+
+	out_object(o, NULL);
+	out_uint(o, "n", NULL, 7);
+	out_end(o);
+	return o;
+}
+
+/* What a name leads to is written to; only a plain file is replaced. */
+TEST(report_to_what_is_no_file)
+{
+	char dir[] = "/tmp/kmig-parse.XXXXXX", file[64], link[64], fifo[64], text[64];
+	struct out *o = small_report();
+	struct stat st;
+	ssize_t n;
+	int fd;
+
+	ASSERT_NE(NULL, mkdtemp(dir));
+	snprintf(file, sizeof(file), "%s/file", dir);
+	snprintf(link, sizeof(link), "%s/link", dir);
+	snprintf(fifo, sizeof(fifo), "%s/fifo", dir);
+	EXPECT_EQ(0, out_write_report(o, file));
+	ASSERT_EQ(0, truncate(file, 0));
+	ASSERT_EQ(0, symlink("file", link));
+	EXPECT_EQ(0, out_write_report(o, link));
+	ASSERT_EQ(0, lstat(link, &st));
+	EXPECT_TRUE(S_ISLNK(st.st_mode));
+	ASSERT_EQ(0, stat(file, &st));
+	EXPECT_LT(0, st.st_size);
+
+	ASSERT_EQ(0, mkfifo(fifo, 0600));
+	fd = open(fifo, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	EXPECT_EQ(0, out_write_report(o, fifo));
+	n = read(fd, text, sizeof(text) - 1);
+	EXPECT_LT(0, n);
+	ASSERT_EQ(0, lstat(fifo, &st));
+	EXPECT_TRUE(S_ISFIFO(st.st_mode));
+	close(fd);
+	out_free(o);
+	unlink(fifo);
+	unlink(link);
+	unlink(file);
+	EXPECT_EQ(0, rmdir(dir));
 }
 
 static double number_at(struct json_object *root, const char *first, const char *second)

@@ -73,32 +73,9 @@ static const char head[] =
 
 /* ---- text -------------------------------------------------------------------------------- */
 
-/* How many bytes the character that begins here has; 0: it is none that XML allows. */
-static size_t character(const unsigned char *s)
-{
-	static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-	size_t length = *s < 0x80 ? 1 : *s >= 0xf0 ? 4 : *s >= 0xe0 ? 3 : 2, i;
-	uint32_t c = *s;
-
-	if (length == 1)
-		return c >= 0x20 || c == '\t' || c == '\n' || c == '\r';
-	if (c < 0xc2 || c > 0xf4)
-		return 0;
-	c &= 0x7f >> length;
-	/* The terminating zero continues nothing: this does not read beyond it. */
-	for (i = 1; i < length; i++) {
-		if ((s[i] & 0xc0) != 0x80)
-			return 0;
-		c = c << 6 | (s[i] & 0x3f);
-	}
-	if (c < least[length] || c > 0x10ffff || (c >= 0xd800 && c <= 0xdfff) || c == 0xfffe || c == 0xffff)
-		return 0;
-	return length;
-}
-
 static void put_text(FILE *f, const char *text)
 {
-	const unsigned char *s = (const unsigned char *)text;
+	const char *s = text;
 
 	while (*s) {
 		size_t length = character(s);

@@ -5,9 +5,11 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <json-c/json.h>
@@ -15,6 +17,7 @@
 #include "tool.h"
 
 #define OUT_DEPTH 8
+#define REPLACEMENT "\xef\xbf\xbd"	/* U+FFFD */
 
 struct out {
 	FILE *text;
@@ -49,29 +52,53 @@ void out_print_json(const struct out *o, FILE *file)
 		JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED | JSON_C_TO_STRING_NOSLASHESCAPE));
 }
 
-int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data)
+static int put_and_close(FILE *file, void (*put)(FILE *file, const void *data), const void *data)
+{
+	int err = 0;
+
+	put(file, data);
+	if (ferror(file))
+		err = EIO;
+	if (fclose(file) && !err)
+		err = errno;
+	return err;
+}
+
+static int replace(const char *path, void (*put)(FILE *file, const void *data), const void *data)
 {
 	char *part;
 	FILE *file;
-	int err = 0;
+	int err;
 
 	if (asprintf(&part, "%s.part", path) < 0)
-		return fail(ENOMEM, "report %s: no memory", path);
+		return ENOMEM;
 	file = fopen(part, "we");
-	if (file) {
-		put(file, data);
-		if (ferror(file))
-			err = EIO;
-		if (fclose(file) && !err)
-			err = errno;
-		if (!err && rename(part, path))
-			err = errno;
-		if (err)
-			unlink(part);
-	} else {
+	err = file ? put_and_close(file, put, data) : errno;
+	if (file && !err && rename(part, path))
 		err = errno;
-	}
+	if (file && err)
+		unlink(part);
 	free(part);
+	return err;
+}
+
+int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data)
+{
+	struct stat st;
+	char *target;
+	FILE *file;
+	int err;
+
+	if (!stat(path, &st) && !S_ISREG(st.st_mode)) {
+		/* A device or a pipe stays what it is. */
+		file = fopen(path, "we");
+		err = file ? put_and_close(file, put, data) : errno;
+	} else {
+		/* A link, too: what it leads to is replaced. NULL: there is nothing yet. */
+		target = realpath(path, NULL);
+		err = replace(target ? target : path, put, data);
+		free(target);
+	}
 	return err ? fail(err, "report %s: %s", path, strerror(err)) : 0;
 }
 
@@ -85,12 +112,10 @@ int out_write_report(const struct out *o, const char *path)
 	return write_report(path, put_json, o);
 }
 
-static void add(struct out *o, const char *key, struct json_object *value)
+static void insert(struct out *o, const char *key, struct json_object *value)
 {
 	struct json_object *in;
 
-	if (!value)
-		abort();
 	if (!o->depth) {
 		o->stack[0] = value;
 		return;
@@ -100,6 +125,13 @@ static void add(struct out *o, const char *key, struct json_object *value)
 		json_object_array_add(in, value);
 	else
 		json_object_object_add(in, key, value);
+}
+
+static void add(struct out *o, const char *key, struct json_object *value)
+{
+	if (!value)
+		abort();
+	insert(o, key, value);
 }
 
 static void push(struct out *o, const char *key, struct json_object *value)
@@ -157,13 +189,37 @@ void out_float(struct out *o, const char *key, const char *fmt, double value)
 
 	/* Three decimals say all that is measured; the default prints seventeen digits. */
 	snprintf(digits, sizeof(digits), "%.3f", value);
-	add(o, key, json_object_new_double_s(value, digits));
+	if (isfinite(value))
+		add(o, key, json_object_new_double_s(value, digits));
+	else
+		insert(o, key, NULL);	/* null: JSON has no word for it */
 	PRINT(o, fmt, value);
+}
+
+/* What is no text in UTF-8, a name on a command line or a message that was cut, must not spoil all. */
+static char *as_utf8(const char *s)
+{
+	char *text = malloc(3 * strlen(s) + 1), *to = text;
+
+	if (!text)
+		abort();
+	while (*s) {
+		size_t length = character(s);
+
+		memcpy(to, length ? s : REPLACEMENT, length ? length : strlen(REPLACEMENT));
+		to += length ? length : strlen(REPLACEMENT);
+		s += length ? length : 1;
+	}
+	*to = '\0';
+	return text;
 }
 
 void out_string(struct out *o, const char *key, const char *fmt, const char *value)
 {
-	add(o, key, json_object_new_string(value));
+	char *text = as_utf8(value);
+
+	add(o, key, json_object_new_string(text));
+	free(text);
 	PRINT(o, fmt, value);
 }
 

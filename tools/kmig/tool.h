@@ -47,6 +47,8 @@ void format_address(const struct sockaddr_storage *address, char text[HOST_MAX])
 #define SECRET_MIN 16
 #define SECRET_MAX 4096
 int read_secret(const char *path, char secret[SECRET_MAX], size_t *length);
+/** character() - how many bytes the UTF-8 character that begins here has; 0: it is none that XML allows */
+size_t character(const char *text);
 void format_bytes(uint64_t bytes, char text[32]);
 void format_rate(double bytes_per_second, char text[64]);	/* in bytes and in bits */
 
@@ -129,7 +131,7 @@ void out_free(struct out *o);
 struct json_object *out_json(struct out *o);
 void out_print_json(const struct out *o, FILE *file);
 int out_write_report(const struct out *o, const char *path);
-/** write_report() - beside its name, and renamed: a reader never finds half of it */
+/** write_report() - a file beside its name, and renamed: a reader never finds half of it */
 int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data);
 
 /* A key of NULL names nothing: the top level, or an element of an array. */

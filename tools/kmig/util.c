@@ -306,6 +306,29 @@ int read_secret(const char *path, char secret[SECRET_MAX], size_t *length)
 	return 0;
 }
 
+size_t character(const char *text)
+{
+	const unsigned char *s = (const unsigned char *)text;
+	static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+	size_t length = *s < 0x80 ? 1 : *s >= 0xf0 ? 4 : *s >= 0xe0 ? 3 : 2, i;
+	uint32_t c = *s;
+
+	if (length == 1)
+		return c >= 0x20 || c == '\t' || c == '\n' || c == '\r';
+	if (c < 0xc2 || c > 0xf4)
+		return 0;
+	c &= 0x7f >> length;
+	/* The terminating zero continues nothing: this does not read beyond it. */
+	for (i = 1; i < length; i++) {
+		if ((s[i] & 0xc0) != 0x80)
+			return 0;
+		c = c << 6 | (s[i] & 0x3f);
+	}
+	if (c < least[length] || c > 0x10ffff || (c >= 0xd800 && c <= 0xdfff) || c == 0xfffe || c == 0xffff)
+		return 0;
+	return length;
+}
+
 void format_bytes(uint64_t bytes, char text[32])
 {
 	static const char *const units[] = { "B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB" };
