@@ -19,7 +19,7 @@ struct probe {
 	struct kmig_ctx *ctx;
 	struct kmig_region *const *regions;
 	unsigned int count;
-	bool tracked[LMTRACK_REGIONS_MAX];	/* by us, for the probe */
+	unsigned int tracked;			/* of the regions, by us */
 	struct {
 		unsigned int region;
 		uint64_t chunk;
@@ -70,13 +70,14 @@ static int track(struct probe *probe)
 
 		if (region->kind != KMIG_REGION_LMTRACK)
 			return kmig_fail(probe->ctx, -EOPNOTSUPP, "region %s is a memfd: what is written to it cannot be watched", region->name);
+		/* The first look harvests: whoever else tracks it would never hear of those writes. */
 		if (region->tracked)
-			continue;
+			return kmig_region_track_failed(region, -EBUSY, 0);
 		/* Those written by devices are dirty in every look, as they are in every round. */
 		err = kmig_region_try_track(region, true, &pinned);
 		if (err)
 			return kmig_region_track_failed(region, err, pinned);
-		probe->tracked[i] = true;
+		probe->tracked++;
 	}
 	return 0;
 }
@@ -164,9 +165,8 @@ int kmig_probe_until(struct kmig_ctx *ctx, struct kmig_region *const *regions, u
 		choose_chunks(probe);
 		err = measure(probe, duration_ms, abort_fd, points, npoints);
 	}
-	for (unsigned int i = 0; i < count; i++)
-		if (probe->tracked[i])
-			kmig_region_track_stop(regions[i]);
+	for (unsigned int i = 0; i < probe->tracked; i++)
+		kmig_region_track_stop(regions[i]);
 	free(probe);
 	return err;
 }

@@ -428,7 +428,9 @@ static struct kmig_region *scripted_region(struct kmig_ctx *ctx)
 
 TEST_F(unit, tracking)
 {
+	struct kmig_curve_point points[KMIG_CURVE_POINTS];
 	uint64_t pinned = 0, dirty = 0, bitmap = 0;
+	unsigned int count;
 
 	self->region = scripted_region(self->ctx);
 	ASSERT_NE(NULL, self->region);
@@ -460,6 +462,8 @@ TEST_F(unit, tracking)
 	EXPECT_FAILS(-EFAULT, kmig_region_dirty_get(self->region, true, 0, 64, &bitmap, &dirty), "0+64");
 	/* What was delivered before the fault is told. */
 	EXPECT_EQ(2, dirty);
+	/* It would take away what the harvests are to find. */
+	EXPECT_FAILS(-EBUSY, kmig_probe(self->ctx, &self->region, 1, 10, points, &count), "tracked already");
 	EXPECT_FAILS(-EPERM, kmig_region_track_stop(self->region), "did not stop");
 	EXPECT_EQ(0, kmig_region_track_stop(self->region));
 	EXPECT_SCRIPT_DONE();

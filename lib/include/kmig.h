@@ -225,12 +225,13 @@ int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *opts, s
 
 /**
  * kmig_probe() - measure the working-set curve of a guest that runs
- * @regions: its memory, lmtrack regions that are not tracked, or tracked by these objects
+ * @regions: its memory, lmtrack regions that are not tracked
  * @duration_ms: 10 to 60000; intervals double up to it
  * @points: out, room for KMIG_CURVE_POINTS, @npoints of them filled
  *
  * Tracks the regions meanwhile. Of a large guest, a part chosen at random is watched.
- * EOPNOTSUPP: a region is no lmtrack region; else as kmig_region_track_start().
+ * EOPNOTSUPP: a region is no lmtrack region; EBUSY: one is tracked; else as
+ * kmig_region_track_start(). Nothing is tracked by it when it returns.
  */
 int kmig_probe(struct kmig_ctx *ctx, struct kmig_region *const *regions, unsigned int count, uint32_t duration_ms,
 	       struct kmig_curve_point *points, unsigned int *npoints);
