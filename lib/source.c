@@ -15,6 +15,7 @@
 #include "source_digest.h"
 #include "tracker.h"
 
+#include <math.h>
 #include <openssl/rand.h>
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -105,8 +106,10 @@ static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
 		return kmig_fail(ctx, -EINVAL, "source: nothing is known by number %d that could be done at a limit", opts->on_timeout);
 	if (!(opts->convergence > 0 && opts->convergence < 1))
 		return kmig_fail(ctx, -EINVAL, "source: rounds must shrink to a fraction between 0 and 1, not %g", opts->convergence);
-	if (!(opts->stun_floor >= 1))
+	if (!(opts->stun_floor >= 1) || isinf(opts->stun_floor))
 		return kmig_fail(ctx, -EINVAL, "source: a floor of %g pages a second, give at least 1", opts->stun_floor);
+	if (opts->max_time_ms > UINT64_MAX / 1000000)
+		return kmig_fail(ctx, -EINVAL, "source: a limit of %llu ms, give 0 for none", (unsigned long long)opts->max_time_ms);
 	if (opts->probe_ms && (opts->probe_ms < KMIG_PROBE_MS_MIN || opts->probe_ms > KMIG_PROBE_MS_MAX))
 		return kmig_fail(ctx, -EINVAL, "source: a probe of %u ms, give %d to %d, or 0 for none", opts->probe_ms,
 				 KMIG_PROBE_MS_MIN, KMIG_PROBE_MS_MAX);
@@ -574,6 +577,18 @@ static int check_channels(struct kmig_source *source, const struct pollfd *fds)
 	return 0;
 }
 
+/* The policy looks after each round; where it would only give up, there is no need to wait for that. */
+static int check_time(struct kmig_source *source)
+{
+	const struct kmig_source_opts *opts = &source->opts;
+
+	if (source->paused || opts->on_timeout != KMIG_TIMEOUT_ABORT || !opts->max_time_ms ||
+	    kmig_now_ns() - source->clock.start_ns < kmig_ms(opts->max_time_ms))
+		return 0;
+	return kmig_fail(source->ctx, -ETIME, "the guest could not be paused within %llu ms: %.0f MiB are left of round %u; allow more time, or give it a faster link",
+			 (unsigned long long)opts->max_time_ms, source->report.remaining_bytes / 1048576., source->round);
+}
+
 /* Wait for something to happen, a tick at most, and take it in. */
 static int step(struct kmig_source *source, struct kmig_round *round)
 {
@@ -614,6 +629,8 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	if (!err && source->asked_ns && kmig_now_ns() - source->asked_ns > answer_limit_ns(source))
 		err = kmig_fail(source->ctx, -ETIMEDOUT, "the guest is paused, and the destination lives but did not answer within %u ms: its VMM may hang",
 				source->opts.timeout_ms * ANSWER_TIMEOUTS);
+	if (!err)
+		err = check_time(source);
 	if (!err && kmig_report_due(&source->clock))
 		tell(source);
 	return err;

@@ -163,6 +163,21 @@ TEST_F(pair, gives_up_at_its_limits)
 	EXPECT_RUNS_AT_SOURCE();
 }
 
+/* It does not take the end of a round, of seconds here, to see that the time is over. */
+TEST_F(pair, gives_up_in_time)
+{
+	fake.bytes_per_second = 10 * MIB;
+	self->source.max_time_ms = 300;
+	self->source.on_timeout = KMIG_TIMEOUT_ABORT;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-ETIME, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_NE(NULL, strstr(self->source.error, "300 ms")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(KMIG_STATE_FIRST_PASS, self->source.report.state);
+	EXPECT_GT(2000000000, self->source.report.total_ns);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
 TEST_F(pair, lost_page_is_noticed)
 {
 	/* The last page, which the guest's last write goes to. */

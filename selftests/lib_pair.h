@@ -155,6 +155,7 @@ struct side {
 	/* what to change about the options */
 	uint32_t downtime_ms, max_rounds, timeout_ms;
 	enum kmig_timeout_action on_timeout;
+	uint64_t max_time_ms;
 	unsigned int channels;
 	int pause_error, save_error, load_error, run_error, prepare_error;
 	uint64_t max_bytes;
@@ -373,6 +374,7 @@ static inline int source_main(struct side *side)
 	if (side->max_rounds)
 		opts.max_rounds = side->max_rounds;
 	opts.on_timeout = side->on_timeout;
+	opts.max_time_ms = side->max_time_ms;
 	err = kmig_source_new(side->ctx, &opts, &source_ops, side, &source);
 	if (err)
 		return err;

@@ -8,6 +8,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -632,6 +633,8 @@ TEST_F(unit, source_options)
 	BAD(convergence, 0, "fraction");
 	BAD(convergence, 1, "fraction");
 	BAD(stun_floor, 0, "floor");
+	BAD(stun_floor, INFINITY, "floor");
+	BAD(max_time_ms, UINT64_MAX, "18446744073709551615 ms");
 	BAD(probe_ms, 9, "probe");
 	BAD(probe_ms, 60001, "60001");
 	BAD(size, 8, "source options");
