@@ -115,16 +115,22 @@ static int resolve(struct kmig_ctx *ctx, const char *host, uint16_t port, int fl
 
 int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint32_t timeout_ms, int abort_fd)
 {
-	uint64_t deadline = kmig_now_ns() + kmig_ms(timeout_ms);
+	uint64_t deadline = kmig_now_ns() + kmig_ms(timeout_ms), now;
 	struct addrinfo *list;
+	unsigned int left = 0;
 	int fd;
 
 	fd = resolve(ctx, host, port, AI_ADDRCONFIG, &list);
 	if (fd)
 		return fd;
+	for (struct addrinfo *one = list; one; one = one->ai_next)
+		left++;
 	fd = -EHOSTUNREACH;
-	for (struct addrinfo *one = list; one && fd < 0 && fd != -ECANCELED; one = one->ai_next)
-		fd = connect_one(one, deadline, abort_fd);
+	/* One that does not answer leaves the others their share of the time. */
+	for (struct addrinfo *one = list; one && fd < 0 && fd != -ECANCELED; one = one->ai_next, left--) {
+		now = kmig_now_ns();
+		fd = connect_one(one, now < deadline ? now + (deadline - now) / left : deadline, abort_fd);
+	}
 	freeaddrinfo(list);
 	if (fd == -ECANCELED)
 		return kmig_fail(ctx, fd, "aborted");

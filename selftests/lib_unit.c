@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-// LDFLAGS: -Wl,--wrap=ioctl -Wl,--wrap=open
+// LDFLAGS: -Wl,--wrap=ioctl -Wl,--wrap=open -Wl,--wrap=getaddrinfo
 /*
  * libkmig's objects against a scripted kernel: which command is expected with which argument,
  * and what it answers. No module, no root. Every refusal leaves a message.
@@ -9,6 +9,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <math.h>
+#include <netdb.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -704,6 +705,57 @@ TEST_F(unit, destination_options)
 	EXPECT_FAILS(-EALREADY, kmig_destination_run(destination), "one migration");
 	kmig_destination_free(destination);
 	kmig_destination_free(NULL);
+}
+
+/* ---- Connecting ---- */
+
+#define TWO "two.example"
+static char two_ports[2][8];
+
+int __real_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **list);
+int __wrap_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **list);
+
+/* A host that has two addresses, which are ports of this one. */
+int __wrap_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **list)
+{
+	int err;
+
+	if (strcmp(host, TWO))
+		return __real_getaddrinfo(host, service, hints, list);
+	err = __real_getaddrinfo("127.0.0.1", two_ports[0], hints, list);
+	return err ? err : __real_getaddrinfo("127.0.0.1", two_ports[1], hints, &(*list)->ai_next);
+}
+
+static int listen_at(int backlog, char port[8])
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	socklen_t length = sizeof(address);
+
+	if (bind(fd, (struct sockaddr *)&address, length) || listen(fd, backlog) ||
+	    getsockname(fd, (struct sockaddr *)&address, &length))
+		return -1;
+	snprintf(port, 8, "%u", ntohs(address.sin_port));
+	return fd;
+}
+
+/* One that swallows what is sent to it must not take all the time there is. */
+TEST_F(unit, connects_to_the_second_address)
+{
+	int silent = listen_at(0, two_ports[0]), good = listen_at(1, two_ports[1]), filler, fd;
+
+	ASSERT_LE(0, silent);
+	ASSERT_LE(0, good);
+	filler = kmig_net_connect(self->ctx, "127.0.0.1", atoi(two_ports[0]), 1000, -1);
+	ASSERT_LE(0, filler);
+	fd = kmig_net_connect(self->ctx, TWO, 1, 1000, -1);
+	EXPECT_LE(0, fd) TH_LOG("%s", kmig_ctx_error(self->ctx));
+	close(fd);
+	close(good);
+	/* And no longer than that for both. */
+	EXPECT_GT(0, kmig_net_connect(self->ctx, TWO, 1, 500, -1));
+	close(filler);
+	close(silent);
 }
 
 TEST_F(unit, state_names)
