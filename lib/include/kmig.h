@@ -305,7 +305,7 @@ struct kmig_report {
 	enum kmig_verdict verdict;
 	enum kmig_state state;
 	uint64_t total_ns;		/* since the engine started to run */
-	uint64_t downtime_ns;		/* source paused to destination running, as the source saw it; destination: prepare to run */
+	uint64_t downtime_ns;		/* source paused to destination running, as the source saw it; destination: since it heard of the pause */
 	uint64_t setup_ns;		/* hello to first pass */
 	uint64_t state_ns[KMIG_STATES];	/* when each state began, since the start; 0 for one not reached, but the first */
 	uint64_t ram_bytes;		/* all regions */
@@ -433,7 +433,7 @@ struct kmig_source_opts {
 	 * tracker can.
 	 */
 	uint64_t max_time_ms;			/* until the blackout; 0: no limit */
-	enum kmig_timeout_action on_timeout;	/* when that or max_rounds is reached */
+	enum kmig_timeout_action on_timeout;	/* when that or max_rounds is reached, as seen when a round ends; ABORT sees the time at once */
 	double convergence;			/* under stun a round leaves at most this part, 0 to 1 */
 	double stun_floor;			/* pages a second that the guest may dirty in any case, >= 1 */
 	bool no_stun;
