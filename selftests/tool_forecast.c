@@ -14,6 +14,7 @@
 
 /* The example of Documentation/convergence.rst. */
 #define EXAMPLE "--memory 2048M --dirty-rate 51.2MiB/s --bandwidth 128MiB/s "
+#define EXAMPLE_COMMAND "forecast " EXAMPLE
 #define MIB 1048576.0
 
 FIXTURE(forecast)
@@ -40,17 +41,21 @@ FIXTURE_TEARDOWN(forecast)
 {
 }
 
-static void run(FIXTURE_DATA(forecast) *self, const char *options)
+static void run_command(FIXTURE_DATA(forecast) *self, const char *command)
 {
-	char command[PATH_MAX + 256];
-	FILE *pipe;
-	size_t n;
+	FILE *pipe = popen(command, "r");
+	size_t n = pipe ? fread(self->out, 1, sizeof(self->out) - 1, pipe) : 0;
 
-	snprintf(command, sizeof(command), "%s forecast %s 2>&1", self->kmig, options);
-	pipe = popen(command, "r");
-	n = pipe ? fread(self->out, 1, sizeof(self->out) - 1, pipe) : 0;
 	self->out[n] = '\0';
 	self->status = pipe ? WEXITSTATUS(pclose(pipe)) : -1;
+}
+
+static void run(FIXTURE_DATA(forecast) *self, const char *options)
+{
+	char command[PATH_MAX + 512];
+
+	snprintf(command, sizeof(command), "%s forecast %s 2>&1", self->kmig, options);
+	run_command(self, command);
 }
 
 static struct json_object *run_json(FIXTURE_DATA(forecast) *self, const char *options)
@@ -235,6 +240,10 @@ TEST_F(forecast, errors)
 		{ "--bandwidth 1G --dirty-rate 1M", EXIT_USAGE, "--memory and --dirty-rate are needed" },
 		{ EXAMPLE "--downtime 0", EXIT_USAGE, "--downtime must be a number from 1 to 60000, not '0'" },
 		{ EXAMPLE "--used 3G", EXIT_FAILED, "bytes in use of" },
+		{ EXAMPLE "--used 0", EXIT_USAGE, "--used must be more than nothing" },
+		{ EXAMPLE "--working-set 0K", EXIT_USAGE, "--working-set must be more than nothing" },
+		{ EXAMPLE "--fd 3", EXIT_USAGE, "--fd goes with --pid" },
+		{ "--bandwidth 1G --qmp /nonexistent --fd 3", EXIT_USAGE, "--fd goes with --pid" },
 		{ "--bandwidth " NINES " --memory 1G --dirty-rate 1M", EXIT_USAGE, "is more than any link or memory" },
 		{ "--bandwidth 1G --memory 1G --dirty-rate 9" NINES "TB/s", EXIT_USAGE, "is more than any link or memory" },
 		{ "--bandwidth 0.0000001B/s --memory 1G --dirty-rate 1M", EXIT_FAILED, "longer than 584 years" },
@@ -248,6 +257,31 @@ TEST_F(forecast, errors)
 		EXPECT_EQ(bad[i].status, self->status) TH_LOG("%s", bad[i].options);
 		EXPECT_NE(NULL, strstr(self->out, bad[i].message)) TH_LOG("%s: %s", bad[i].options, self->out);
 	}
+}
+
+/* Who reads JSON gets some, also of what failed; and what cannot be written is not done. */
+TEST_F(forecast, json_of_failures)
+{
+	static const char *const commands[] = {
+		"forecast --bandwidth 1G --qmp /nonexistent -j", "forecast --bandwidth 1G --pid 2147483647 -j",
+		EXAMPLE_COMMAND "--used 3G -j", "region show --pid 2147483647 -j",
+	};
+	char command[2 * PATH_MAX];
+	struct json_object *root;
+	size_t i;
+
+	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
+		snprintf(command, sizeof(command), "%s %s 2>/dev/null", self->kmig, commands[i]);
+		run_command(self, command);
+		EXPECT_EQ(EXIT_FAILED, self->status) TH_LOG("%s", command);
+		root = json_tokener_parse(self->out);
+		EXPECT_NE(NULL, at(root, "error")) TH_LOG("%s: '%s'", command, self->out);
+		json_object_put(root);
+	}
+	snprintf(command, sizeof(command), "%s " EXAMPLE_COMMAND "2>&1 >/dev/full", self->kmig);
+	run_command(self, command);
+	EXPECT_EQ(EXIT_FAILED, self->status);
+	EXPECT_NE(NULL, strstr(self->out, "standard output: No space left")) TH_LOG("%s", self->out);
 }
 
 TEST_HARNESS_MAIN

@@ -190,7 +190,8 @@ static int play_steps(const struct forecast *given, const struct kmig_forecast *
 		/* The blackout carries what the last round left, and has no other figure for it. */
 		left = (double)(now.downtime_ns - devices_ns(&f)) / 1e9 * f.bandwidth;
 		steps[i].left = left;
-		steps[i].sent = (double)now.bytes - left - sent;
+		/* Of a round that sends next to nothing, the difference may be less than that. */
+		steps[i].sent = fmax((double)now.bytes - left - sent, 0);
 		steps[i].took_ns = now.total_ns - now.downtime_ns - took;
 		steps[i].downtime_ns = now.downtime_ns;
 		sent += steps[i].sent;
@@ -426,7 +427,7 @@ static int forecast(struct forecast *f)
 
 	ret = play(f, &result);
 	if (ret)
-		return print_failure(EXIT_FAILED);
+		return print_error(EXIT_FAILED, f->json);
 	count = result.rounds < ROUNDS_MAX ? result.rounds : ROUNDS_MAX;
 	play_steps(f, &result, steps, count);
 	o = out_new(f->json ? NULL : stdout);
@@ -460,15 +461,17 @@ static int forecast_main(const struct verb *verb, char **operands)
 		return usage_error(verb, f->bandwidth < 0 ? "--bandwidth is needed" : "--bandwidth must be more than nothing");
 	if (!!f->qmp + !!f->pid + figures != 1)
 		return usage_error(verb, "give either a guest, by --qmp or --pid, or figures, by --memory and --dirty-rate");
+	if (f->fd >= 0 && !f->pid)
+		return usage_error(verb, "--fd goes with --pid");
 	if (figures && (!f->memory || f->dirty_rate < 0))
 		return usage_error(verb, "--memory and --dirty-rate are needed");
 	if (open_context(&f->ctx, false))
-		return print_failure(EXIT_FAILED);
+		return print_error(EXIT_FAILED, f->json);
 	if (figures)
 		imagine(f);
 	else
 		ret = watch(f);
-	ret = ret ? print_failure(EXIT_FAILED) : forecast(f);
+	ret = ret ? print_error(EXIT_FAILED, f->json) : forecast(f);
 	kmig_ctx_free(f->ctx);
 	return ret;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* kmig OBJECT VERB: tables of what there is, and help at each level. */
+#include <errno.h>
 #include <stdarg.h>
 #include <string.h>
 #include <unistd.h>
@@ -164,6 +165,15 @@ int open_context(struct kmig_ctx **ctx, bool verbose)
 	return 0;
 }
 
+/* What could not be written was not done. The reports of migrations are not written here. */
+static int check_output(int code)
+{
+	if (!fflush(stdout) && !ferror(stdout))
+		return code;
+	say("standard output: %s", strerror(errno));
+	return code == EXIT_DONE || code == EXIT_DIVERGES ? EXIT_FAILED : code;
+}
+
 int main(int argc, char **argv)
 {
 	const struct object *o;
@@ -171,10 +181,10 @@ int main(int argc, char **argv)
 	if (argc < 2)
 		return help_all(stderr);
 	if (is_help(argv[1]))
-		return help_all(stdout);
+		return check_output(help_all(stdout));
 	for (o = objects; o->name; o++)
 		if (!strcmp(o->name, argv[1]))
-			return run_object(o, argc - 1, argv + 1);
+			return check_output(run_object(o, argc - 1, argv + 1));
 	fprintf(stderr, "kmig: '%s' is no object\n", argv[1]);
 	return help_all(stderr);
 }

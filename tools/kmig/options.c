@@ -76,7 +76,11 @@ int take_seconds(const struct opt *opt, const char *text)
 
 int take_size(const struct opt *opt, const char *text)
 {
-	return parse_size(text, opt->value);
+	uint64_t *bytes = opt->value;
+	int ret = parse_size(text, bytes);
+
+	/* What was not given is 0. */
+	return ret || *bytes ? ret : fail(EINVAL, "%s must be more than nothing", dashed(opt));
 }
 
 int take_rate(const struct opt *opt, const char *text)

@@ -52,6 +52,22 @@ void out_print_json(const struct out *o, FILE *file)
 		JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED | JSON_C_TO_STRING_NOSLASHESCAPE));
 }
 
+int print_error(int code, bool json)
+{
+	struct out *o;
+
+	print_failure(code);
+	if (!json)
+		return code;
+	o = out_new(NULL);
+	out_object(o, NULL);
+	out_string(o, "error", NULL, failure());
+	out_end(o);
+	out_print_json(o, stdout);
+	out_free(o);
+	return code;
+}
+
 static int put_and_close(FILE *file, void (*put)(FILE *file, const void *data), const void *data)
 {
 	int err = 0;

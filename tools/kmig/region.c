@@ -181,14 +181,14 @@ static int region_list(const struct verb *verb, char **operands)
 	(void)operands;
 	ret = open_context(&ctx, false);
 	if (ret)
-		return print_failure(EXIT_FAILED);
+		return print_error(EXIT_FAILED, asked.json);
 	o = out_new(asked.json ? NULL : stdout);
 	ret = list_all(ctx, o);
 	if (!ret && asked.json)
 		out_print_json(o, stdout);
 	out_free(o);
 	kmig_ctx_free(ctx);
-	return ret ? print_failure(EXIT_FAILED) : EXIT_DONE;
+	return ret ? print_error(EXIT_FAILED, asked.json) : EXIT_DONE;
 }
 
 static const struct opt show_options[] = {
@@ -205,11 +205,11 @@ static int show(void)
 	struct out *o;
 
 	if (open_context(&ctx, false))
-		return print_failure(EXIT_FAILED);
+		return print_error(EXIT_FAILED, asked.json);
 	if (look_up(ctx, asked.pid, asked.fd, &held)) {
 		fail(EINVAL, "%s", kmig_ctx_error(ctx));
 		kmig_ctx_free(ctx);
-		return print_failure(EXIT_FAILED);
+		return print_error(EXIT_FAILED, asked.json);
 	}
 	o = out_new(asked.json ? NULL : stdout);
 	put_region(o, &held, true);

@@ -130,6 +130,7 @@ struct out *out_new(FILE *text);	/* NULL: JSON only */
 void out_free(struct out *o);
 struct json_object *out_json(struct out *o);
 void out_print_json(const struct out *o, FILE *file);
+int print_error(int code, bool json);	/* print_failure(), and if asked for, an object with "error" */
 int out_write_report(const struct out *o, const char *path);
 /** write_report() - a file beside its name, and renamed: a reader never finds half of it */
 int write_report(const char *path, void (*put)(FILE *file, const void *data), const void *data);
