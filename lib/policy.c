@@ -25,14 +25,17 @@ void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts
 void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_ns, uint64_t sending_ns)
 {
 	policy->rounds++;
-	if (bytes >= RATE_BYTES_MIN && sending_ns) {
+	/* A guest may be so small that there is nothing better: it has to come to an end, too. */
+	if (sending_ns && bytes && (bytes >= RATE_BYTES_MIN || policy->rate <= 0 || policy->rough)) {
 		double rate = bytes * 1e9 / sending_ns;
+		bool known = policy->rate > 0 && !policy->rough;
 
 		/* A link that got slower is believed at once, one that got faster by and by. */
-		policy->rate = policy->rate > 0 && rate > policy->rate ? (policy->rate + rate) / 2 : rate;
+		policy->rate = known && rate > policy->rate ? (policy->rate + rate) / 2 : rate;
+		policy->rough = bytes < RATE_BYTES_MIN;
 	}
 	/* What is left of a small round beside its bytes is what every round costs. */
-	if (bytes < RATE_BYTES_MIN && policy->rate > 0)
+	if (bytes < RATE_BYTES_MIN && policy->rate > 0 && !policy->rough)
 		policy->trip_ns = fmax(took_ns - bytes / policy->rate * 1e9, 0);
 }
 
@@ -160,7 +163,8 @@ enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmi
 		policy->why = "what is left fits the downtime";
 		return KMIG_PAUSE;
 	}
-	if (policy->rate <= 0)
+	/* A first pass that has sent next to nothing has looked at zeroes: its rate is not the wire's. */
+	if (policy->rate <= 0 || (policy->rough && policy->rounds == 1))
 		return KMIG_GO_ON;
 
 	if (look->dirty < policy->best * PROGRESS) {

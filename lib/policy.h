@@ -32,6 +32,7 @@ struct kmig_policy {
 	struct kmig_policy_opts opts;
 	struct kmig_curve left;		/* what rounds leave dirty when the guest is not slowed down */
 	double rate;			/* bytes a second, while sending */
+	bool rough;			/* it is of rounds too small to tell */
 	uint64_t trip_ns;		/* what a round takes beside its pages */
 	uint64_t digest_ns;		/* that digests will take in the blackout, by the engine's estimate */
 	uint32_t rounds;

@@ -405,6 +405,41 @@ TEST(a_working_set_that_fits_is_left_alone)
 }
 
 /* Three times as fast as the wire: it converges, in a time that is known before. */
+/* No round of it is large enough to tell the wire's rate by, and none leaves nothing. */
+TEST(a_small_guest_comes_to_an_end)
+{
+	struct world world = { .wire = 100 * MIB, .trip = 0.01, .pages = 100, .writes = 100000, .set = 50 };
+	struct kmig_policy_opts opts = usual(&world);
+
+	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, NULL));
+	EXPECT_LE(world.policy.rounds, 2);
+	EXPECT_EQ(0, world.ceiling);
+
+	/* Nor when its downtime cannot be kept: the limits hold for it, too. */
+	world = (struct world){ .wire = 0.1 * MIB, .trip = 0.01, .pages = 100, .writes = 100000, .set = 50 };
+	opts.can_stun = false;
+	opts.on_timeout = KMIG_TIMEOUT_ABORT;
+	EXPECT_EQ(KMIG_GIVE_UP, run(&world, &opts, NULL));
+	EXPECT_EQ(opts.max_rounds, world.policy.rounds);
+}
+
+/* The first pass over zeroes takes long and carries nothing: that is no reason to slow anyone down. */
+TEST(zeroes_are_no_slow_link)
+{
+	struct kmig_policy_opts opts = { .ram_bytes = 1ull << 36, .page_size = PAGE, .downtime_ms = 300, .max_rounds = 30,
+					 .convergence = 0.5, .stun_floor = 256, .can_stun = true };
+	struct kmig_look look = { .dirty = 20000, .interval_ns = 60 * SECOND, .elapsed_ns = 60 * SECOND };
+	struct kmig_policy policy;
+
+	kmig_policy_start(&policy, &opts);
+	kmig_policy_sent(&policy, 900000, 60 * SECOND, 60 * SECOND);
+	EXPECT_EQ(KMIG_GO_ON, kmig_policy_look(&policy, &look));
+	EXPECT_EQ(0, policy.ceiling);
+	/* What is measured then is not averaged with that. */
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND);
+	EXPECT_EQ(100.0 * MIB, policy.rate);
+}
+
 TEST(a_busy_guest_is_slowed_down_until_it_fits)
 {
 	struct world world = { .wire = 100 * MIB, .trip = 0.01, .pages = 262144, .writes = 3 * 25600, .set = 262144 };
