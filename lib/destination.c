@@ -15,6 +15,8 @@
 
 #define TICK_MS 200
 #define NEED_ROUNDS_MAX 4
+/* The source's VMM may take so many time-outs to hear that the guest runs here; it lives meanwhile. */
+#define DONE_TIMEOUTS 6
 
 struct kmig_destination {
 	struct kmig_ctx *ctx;
@@ -576,7 +578,8 @@ static int take_over(struct kmig_destination *destination)
 	/* The guest runs here whether or not the source gets to know. */
 	if (!kmig_control_send(&destination->control, LMTRACK_MSG_RUNNING, &running, sizeof(running))) {
 		enter(destination, KMIG_STATE_CLEANUP);
-		if (kmig_control_expect(&destination->control, LMTRACK_MSG_DONE, &message))
+		if (kmig_control_expect_until(&destination->control, LMTRACK_MSG_DONE, kmig_now_ns() +
+					      DONE_TIMEOUTS * kmig_ms(destination->opts.timeout_ms), &message))
 			kmig_log(destination->ctx, KMIG_LOG_WARNING, "the source did not say that it knows the guest runs here");
 	}
 	return 0;

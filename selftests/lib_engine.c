@@ -291,6 +291,23 @@ TEST_F(pair, run_hangs)
 	guest_end(&self->world->guest);
 }
 
+/* The source has all it wants to know: who runs the guest does not wait for it without end. */
+TEST_F(pair, completed_hangs)
+{
+	const struct kmig_report *report = &self->destination.report;
+
+	self->source.timeout_ms = self->destination.timeout_ms = HANG_MS / 8;
+	self->source.act = HANG;
+	self->source.at = KMIG_STATE_CLEANUP;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(0, self->world->destination_result) TH_LOG("%s", self->destination.error);
+	EXPECT_TRUE(self->world->destination_runs);
+	EXPECT_GT(HANG_MS - HANG_MS / 8, (report->total_ns - report->state_ns[KMIG_STATE_CLEANUP]) / 1000000);
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
+}
+
 /* ---- An abort in each state ---- */
 
 FIXTURE(aborted) {
