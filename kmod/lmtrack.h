@@ -42,7 +42,8 @@ struct vm_area_struct;
 /**
  * struct lmtrack_request - one ioctl: its argument's shape and who serves it
  * @cmd:	number
- * @size:	of the argument as this module knows it, which is as it was first published
+ * @size:	of the argument as this module knows it
+ * @least:	of the argument as it was first published; 0: it has not grown since
  * @flags:	those it may carry
  * @out:	the argument goes back to the caller, also when the request failed
  * @serve:	gets the argument in kernel memory; what the caller did not give is zero
@@ -50,6 +51,7 @@ struct vm_area_struct;
 struct lmtrack_request {
 	unsigned int cmd;
 	u32 size;
+	u32 least;
 	u32 flags;
 	bool out;
 	long (*serve)(struct file *file, void *arg);
@@ -58,6 +60,13 @@ struct lmtrack_request {
 #define LMTRACK_REQUEST(_cmd, _type, _flags, _out, _serve)			\
 	{									\
 		.cmd = (_cmd), .size = sizeof(struct _type),			\
+		.flags = (_flags), .out = (_out), .serve = (_serve),		\
+	}
+
+/* The argument has grown since it was first published, with @_least bytes. */
+#define LMTRACK_REQUEST_GROWN(_cmd, _type, _least, _flags, _out, _serve)		\
+	{									\
+		.cmd = (_cmd), .size = sizeof(struct _type), .least = (_least),	\
 		.flags = (_flags), .out = (_out), .serve = (_serve),		\
 	}
 

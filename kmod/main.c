@@ -50,7 +50,7 @@ long lmtrack_serve(struct file *file, const struct lmtrack_request *table, size_
 
 	if (get_user(user_size, (u32 __user *)user))
 		return -EFAULT;
-	if (user_size < request->size)
+	if (user_size < (request->least ?: request->size))
 		return -EINVAL;
 	if (user_size > PAGE_SIZE)
 		return -E2BIG;
