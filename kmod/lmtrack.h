@@ -244,6 +244,7 @@ struct lmtrack_stream;
  * @task:	the thread
  * @seq:	frames sent; the thread's own
  * @round_done:	last round this channel has ended; the thread's own
+ * @carrying:	one of the stream's that carry; the thread's own
  * @head:	frame header and extent table under construction
  * @folios:	pages of the chunk being sent
  * @bvec:	their bytes
@@ -257,6 +258,7 @@ struct lmtrack_channel {
 	struct task_struct *task;
 	u64 seq;
 	u32 round_done;
+	bool carrying;
 	void *head;
 	struct folio **folios;
 	struct bio_vec *bvec;
@@ -269,6 +271,7 @@ struct lmtrack_channel {
  *		the same connection
  * @send:	send @head, then the pages; returns when the connection took all, or an error
  *		after which the channel is of no more use. @more: another frame follows at once
+ * @pending:	the connection has bytes that could not leave yet: the wire is busy with them
  * @shutdown:	make a @send that waits fail now, and every later one. Any context that may sleep
  * @detach:	release what attach took; no @send runs or will
  */
@@ -276,6 +279,7 @@ struct lmtrack_transport {
 	int (*attach)(struct lmtrack_channel *channel, int fd);
 	int (*send)(struct lmtrack_channel *channel, void *head, size_t head_bytes,
 		    struct bio_vec *bvec, unsigned int pages, bool more);
+	bool (*pending)(const struct lmtrack_channel *channel);
 	void (*shutdown)(struct lmtrack_channel *channel);
 	void (*detach)(struct lmtrack_channel *channel);
 };

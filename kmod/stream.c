@@ -8,10 +8,17 @@
  * an older one. Each channel has a thread; they work on a round independently, and the
  * last to finish ends it.
  *
+ * Time: a thread of a channel scans (looks for chunks, harvests them, looks for zeroes) or
+ * sends. The wire is busy while a channel sends, and after that for as long as the connection
+ * has bytes that could not leave: what is scanned meanwhile costs the round nothing. Channels
+ * that keep it busy are counted; the round's wire time is the time during which there was
+ * one, so it is right for any number of them. The clock is read twice for each chunk sent, and
+ * once more when a connection was found to have run dry.
+ *
  * Locks: stream->lock for set-up and for beginning a round. stream->end_lock (spin) for the
- * results of a round and its end. Neither is held while anything is sent. The threads read the
- * arrays of regions and channels without a lock; a round is published with a release store
- * of stream->round after everything it needs.
+ * results of a round, who carries, and its end. Neither is held while anything is sent. The
+ * threads read the arrays of regions and channels without a lock; a round is published with a
+ * release store of stream->round after everything it needs.
  *
  * A failure of one channel, CANCEL and closing the stream are one thing: the stream's error
  * is set once, then every channel is shut down, which wakes the threads that wait in it.
@@ -65,6 +72,8 @@ static_assert(LMTRACK_FRAME_EXTENTS <= LMTRACK_WIRE_EXTENTS_MAX);
  * @work:	channels wait here for a round
  * @running:	channels that have not finished the round
  * @end_lock:	guards what follows
+ * @carrying:	channels that keep the wire busy
+ * @carrying_since: when the first of them began
  * @sending:	a round is under way
  * @error:	negative errno; the stream has failed for good
  * @error_channel: where, or -1
@@ -87,7 +96,9 @@ struct lmtrack_stream {
 	wait_queue_head_t work;
 	atomic_t running;
 
-	spinlock_t end_lock;		/* results and end of a round */
+	spinlock_t end_lock;		/* results, wire and end of a round */
+	unsigned int carrying;
+	ktime_t carrying_since;
 	bool sending;
 	int error;
 	int error_channel;
@@ -102,6 +113,7 @@ struct round_count {
 	u64 zero;
 	u64 bytes;
 	u64 held;
+	u64 send_ns;
 };
 
 static struct lmtrack_region *stream_region(struct lmtrack_stream *stream, unsigned int index)
@@ -137,6 +149,49 @@ static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
 		if (stream->regions[i])
 			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
 	wake_up_all(&stream->end);
+}
+
+/* ---- Time ---- */
+
+/* The channel is about to send; returns when that was. */
+static ktime_t channel_carry(struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	ktime_t now;
+
+	spin_lock(&stream->end_lock);
+	/* Read under the lock: else who was held up before it would count that time twice. */
+	now = ktime_get();
+	if (!channel->carrying && !stream->carrying++)
+		stream->carrying_since = now;
+	spin_unlock(&stream->end_lock);
+	channel->carrying = true;
+	return now;
+}
+
+/* It neither sends nor has anything pending; returns when that was. */
+static ktime_t channel_rest(struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	ktime_t now;
+
+	spin_lock(&stream->end_lock);
+	now = ktime_get();
+	if (channel->carrying && !--stream->carrying)
+		stream->result.wire_ns += ktime_to_ns(ktime_sub(now, stream->carrying_since));
+	spin_unlock(&stream->end_lock);
+	channel->carrying = false;
+	return now;
+}
+
+/* What it began to send at @begin was taken by the connection. */
+static void channel_sent(struct lmtrack_channel *channel, ktime_t begin, struct round_count *count)
+{
+	ktime_t now = channel->transport->pending(channel) ? ktime_get() : channel_rest(channel);
+	u64 took = ktime_to_ns(ktime_sub(now, begin));
+
+	count->send_ns += took;
+	channel->stats.blocked_ns += took;
 }
 
 /* ---- Frames ---- */
@@ -236,6 +291,7 @@ static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long
 	DECLARE_BITMAP(zero, LMTRACK_CHUNK_PAGES);
 	DECLARE_BITMAP(data, LMTRACK_CHUNK_PAGES);
 	unsigned int bit;
+	ktime_t begin;
 	int ret;
 
 	bitmap_zero(zero, LMTRACK_CHUNK_PAGES);
@@ -250,9 +306,11 @@ static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long
 	}
 	bitmap_andnot(data, taken, zero, LMTRACK_CHUNK_PAGES);
 
+	begin = channel_carry(channel);
 	ret = send_extents(channel, LMTRACK_FRAME_DATA, region, chunk, data, count);
 	if (!ret)
 		ret = send_extents(channel, LMTRACK_FRAME_ZERO, region, chunk, zero, count);
+	channel_sent(channel, begin, count);
 	trace_lmtrack_chunk_sent(stream->id, channel->number, stream->round, region, chunk,
 				 bitmap_weight(data, LMTRACK_CHUNK_PAGES),
 				 bitmap_weight(zero, LMTRACK_CHUNK_PAGES));
@@ -262,9 +320,13 @@ static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long
 static int send_round_end(struct lmtrack_channel *channel, struct round_count *count)
 {
 	struct lmtrack_wire_frame *frame = frame_begin(channel, LMTRACK_FRAME_ROUND_END, 0);
+	ktime_t begin = channel_carry(channel);
+	int ret;
 
 	frame->arg = cpu_to_le64(count->pages);
-	return send_frame(channel, frame, 0, 0, count);
+	ret = send_frame(channel, frame, 0, 0, count);
+	channel_sent(channel, begin, count);
+	return ret;
 }
 
 /* ---- Rounds ---- */
@@ -287,6 +349,8 @@ static int channel_send_region(struct lmtrack_channel *channel, u32 number,
 		ret = READ_ONCE(stream->error);
 		if (ret)
 			break;
+		if (channel->carrying && !channel->transport->pending(channel))
+			channel_rest(channel);
 		if (!lmtrack_chunk_take(region, index, all, stream->holding, taken,
 					channel->folios, &count->held))
 			continue;
@@ -335,12 +399,18 @@ static void channel_work(struct lmtrack_channel *channel)
 	struct lmtrack_stream *stream = channel->stream;
 	struct lmtrack_stream_wait *result = &stream->result;
 	struct round_count count = { };
+	ktime_t begin = ktime_get();
+	u64 took;
 	int ret;
 
 	ret = channel_send_round(channel, &count);
 	if (ret)
 		stream_fail(stream, channel->number, ret);
+	/* What its connection still has will be gone when the peer says that it has all. */
+	took = ktime_to_ns(ktime_sub(channel_rest(channel), begin));
 	spin_lock(&stream->end_lock);
+	result->harvest_ns += took - count.send_ns;
+	result->send_ns += count.send_ns;
 	result->pages += count.pages;
 	result->data_pages += count.data;
 	result->zero_pages += count.zero;
@@ -692,7 +762,9 @@ static const struct lmtrack_request stream_requests[] = {
 			stream_add_channel),
 	LMTRACK_REQUEST(LMTRACK_STREAM_SEND, lmtrack_stream_send, LMTRACK_SEND_HELD, false,
 			stream_send),
-	LMTRACK_REQUEST(LMTRACK_STREAM_WAIT, lmtrack_stream_wait, 0, true, stream_wait),
+	LMTRACK_REQUEST_GROWN(LMTRACK_STREAM_WAIT, lmtrack_stream_wait,
+			      offsetofend(struct lmtrack_stream_wait, held_pages), 0, true,
+			      stream_wait),
 	LMTRACK_REQUEST(LMTRACK_STREAM_CANCEL, lmtrack_stream_cancel, 0, false,
 			stream_cancel),
 	LMTRACK_REQUEST(LMTRACK_CHANNEL_STATS, lmtrack_channel_stats, 0, true,

@@ -13,10 +13,10 @@
  * well, who can undo our shutdown and set what SO_SNDTIMEO is. So nothing waits in the socket.
  */
 #include <linux/bvec.h>
-#include <linux/ktime.h>
 #include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/socket.h>
+#include <linux/tcp.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
 #include <net/inet_connection_sock.h>
@@ -179,14 +179,12 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	bool plain = !inet_csk(sock->sk)->icsk_ulp_ops;
 	size_t bytes = (size_t)pages << PAGE_SHIFT;
 	int flags = MSG_NOSIGNAL | MSG_DONTWAIT | (more ? MSG_MORE : 0);
-	ktime_t begin = ktime_get();
 	int ret;
 
 	ret = tcp_send_bytes(channel, head, head_bytes, flags | (pages ? MSG_MORE : 0));
 	if (!ret && pages)
 		ret = plain ? tcp_send_pages(channel, bvec, pages, flags) :
 			      tcp_copy_pages(channel, bvec, pages, flags);
-	channel->stats.blocked_ns += ktime_to_ns(ktime_sub(ktime_get(), begin));
 	if (ret)
 		return ret;
 	channel->stats.header_bytes += head_bytes;
@@ -195,6 +193,19 @@ static int tcp_send(struct lmtrack_channel *channel, void *head, size_t head_byt
 	else
 		channel->stats.copied_bytes += bytes;
 	return 0;
+}
+
+/*
+ * Less than a segment is no sign of a busy wire: TCP keeps it until more comes (MSG_MORE). Without
+ * the socket's lock: our thread is the only one to write, and what is sent meanwhile is seen the
+ * next time.
+ */
+static bool tcp_pending(const struct lmtrack_channel *channel)
+{
+	const struct socket *sock = channel->priv;
+	const struct tcp_sock *tp = tcp_sk(sock->sk);
+
+	return READ_ONCE(tp->write_seq) - READ_ONCE(tp->snd_nxt) >= READ_ONCE(tp->mss_cache);
 }
 
 static void tcp_shutdown_channel(struct lmtrack_channel *channel)
@@ -212,6 +223,7 @@ static void tcp_detach(struct lmtrack_channel *channel)
 const struct lmtrack_transport lmtrack_tcp = {
 	.attach = tcp_attach,
 	.send = tcp_send,
+	.pending = tcp_pending,
 	.shutdown = tcp_shutdown_channel,
 	.detach = tcp_detach,
 };

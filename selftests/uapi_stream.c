@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <sys/time.h>
 #include <linux/ethtool.h>
 #include <linux/sockios.h>
@@ -665,6 +666,48 @@ STREAM_TEST(add_channel_limit)
 
 /* ---- Rounds that cannot be ---- */
 
+/*
+ * The wire is busy no longer than the round lasts, and for as long as any channel sends; a channel
+ * scans or sends for no longer than the round lasts.
+ */
+static void check_times(struct __test_metadata *_metadata,
+			const struct lmtrack_stream_wait *result, unsigned int channels)
+{
+	EXPECT_LT(0, result->harvest_ns);
+	EXPECT_LT(0, result->send_ns);
+	EXPECT_LE(result->wire_ns, result->duration_ns);
+	EXPECT_GE(result->wire_ns, result->send_ns / channels);
+	EXPECT_LE(result->harvest_ns + result->send_ns, channels * result->duration_ns);
+}
+
+/* A caller from before the times were added gets what it knows, and nothing behind it. */
+STREAM_TEST(wait_of_an_older_caller)
+{
+	const size_t least = offsetof(struct lmtrack_stream_wait, held_pages) + sizeof(__u64);
+	struct lmtrack_stream_wait args;
+	size_t size;
+
+	memset(self->mem, 0x5a, 3 * PAGE);
+	ASSERT_EQ(0, add_region(self->stream, self->fd, 0));
+	ASSERT_EQ(0, add_channel(self->stream, self->pair[0]));
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, stream_send(self->stream, 1, ALL));
+	ASSERT_EQ(0, stream_wait(self->stream, 60000, NULL));
+	for (size = least; size <= sizeof(args); size += sizeof(__u64)) {
+		memset(&args, 0xee, sizeof(args));
+		memset(&args, 0, size);
+		args.size = size;
+		EXPECT_EQ(0, lmt_ioctl(self->stream, LMTRACK_STREAM_WAIT, &args));
+		EXPECT_EQ(size, args.size);
+		EXPECT_EQ(3, args.pages);
+		EXPECT_EQ(0, args.held_pages);
+		EXPECT_EQ(size == sizeof(args), args.wire_ns != 0xeeeeeeeeeeeeeeeeULL);
+		EXPECT_EQ(size == least, args.harvest_ns == 0xeeeeeeeeeeeeeeeeULL);
+	}
+	args.size = least - 1;
+	EXPECT_EQ(-EINVAL, lmt_ioctl(self->stream, LMTRACK_STREAM_WAIT, &args));
+}
+
 STREAM_TEST(send_errors)
 {
 	int other = lmt_region(PAGE), again = lmt_reopen(self->fd);
@@ -705,6 +748,7 @@ STREAM_TEST(send_errors)
 	EXPECT_EQ(0, result.error);
 	EXPECT_EQ(-1, result.channel);
 	EXPECT_EQ(sizeof(result), result.size);
+	check_times(_metadata, &result, 1);
 	EXPECT_EQ(-EINVAL, stream_send(self->stream, 5, DIRTY));
 	EXPECT_EQ(-EINVAL, stream_send(self->stream, 4, DIRTY));
 	EXPECT_EQ(-EINVAL, stream_wait(self->stream, -2, NULL));
@@ -874,6 +918,7 @@ static struct lmtrack_stream_wait round_trip_flags(struct __test_metadata *_meta
 	EXPECT_EQ(result.pages, result.data_pages + result.zero_pages);
 	EXPECT_EQ(result.bytes, RX_SUM(rx, bytes) - bytes);
 	EXPECT_LT(0, result.duration_ns);
+	check_times(_metadata, &result, rx->count);
 	return result;
 }
 
@@ -920,6 +965,32 @@ static void *write_pages(void *arg)
 		memset(w->mem + page * PAGE + w->seed % 2048, w->seed >> 8, 1500);
 	}
 	return NULL;
+}
+
+/* To find zeroes takes much looking and little sending. */
+ROUNDS_TEST(harvest_dominates)
+{
+	struct lmtrack_stream_wait result;
+	bool dominates = false;
+	unsigned int i;
+
+	if (variant->flags & LMTRACK_STREAM_NO_ZERO_DETECT)
+		SKIP(return, "nobody looks for zeroes");
+	for (i = 0; i < variant->regions; i++)
+		touch(self->mem[i], 0, self->pages[i], 0);
+	/* Who is held up while it sends tries again. */
+	for (i = 1; i <= 5 && !dominates; i++) {
+		result = round_trip(_metadata, self->stream, &self->rx, i, ALL);
+		EXPECT_EQ(result.pages, result.zero_pages);
+		printf("# %.1f ms, harvest %.1f ms, send %.1f ms, wire %.1f ms\n",
+		       result.duration_ns / 1e6, result.harvest_ns / 1e6, result.send_ns / 1e6,
+		       result.wire_ns / 1e6);
+		dominates = result.harvest_ns > result.send_ns;
+		/* Of many channels there is nearly always one that sends its few bytes. */
+		if (variant->channels == 1)
+			dominates &= result.wire_ns < result.duration_ns / 2;
+	}
+	EXPECT_TRUE(dominates);
 }
 
 ROUNDS_TEST(equal_after_racing_writers)
@@ -1345,6 +1416,40 @@ BLOCKED_TEST(requests_meanwhile)
 	EXPECT_EQ(0, lmt_punch(self->fd, 0, PAGE));
 	EXPECT_EQ(LMTRACK_TRACKED, region_info(self->fd).state);
 	EXPECT_EQ(PAGES - 1, lmt_stats(self->fd).resident_pages);
+}
+
+static void *read_to_the_end(void *arg)
+{
+	char buf[16384];
+
+	while (recv(*(int *)arg, buf, sizeof(buf), 0) > 0)
+		;
+	return NULL;
+}
+
+/* A slow wire: sending takes nearly all of the round, and harvests are hidden behind it. */
+BLOCKED_TEST(sending_dominates)
+{
+	struct lmtrack_stream_wait result;
+	pthread_t reader[2];
+	int i;
+
+	for (i = 0; i < 2; i++)
+		ASSERT_EQ(0, pthread_create(&reader[i], NULL, read_to_the_end,
+					    &self->pair[i][1]));
+	ASSERT_EQ(0, stream_wait(self->stream, 60000, &result));
+	EXPECT_EQ(0, result.error);
+	EXPECT_EQ(PAGES, result.data_pages);
+	printf("# %.1f ms, harvest %.1f ms, send %.1f ms, wire %.1f ms\n",
+	       result.duration_ns / 1e6, result.harvest_ns / 1e6, result.send_ns / 1e6,
+	       result.wire_ns / 1e6);
+	check_times(_metadata, &result, 2);
+	EXPECT_GT(result.send_ns, 200000000);
+	EXPECT_GT(result.wire_ns, 200000000);
+	EXPECT_GT(result.wire_ns, result.duration_ns / 2);
+	EXPECT_EQ(0, stream_cancel(self->stream));
+	for (i = 0; i < 2; i++)
+		pthread_join(reader[i], NULL);
 }
 
 BLOCKED_TEST(wait_is_interrupted)

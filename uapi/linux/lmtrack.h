@@ -477,6 +477,28 @@ struct lmtrack_stream_send {
  * @zero_pages:	out: of them, sent as zero (holes and zeroes)
  * @bytes:	out: bytes handed to the network, headers included
  * @held_pages:	out: dirty pages that were left behind because they are held
+ * @harvest_ns:	out: time that channels spent in looking for chunks, harvesting them and looking
+ *		for pages of zeroes, summed over channels
+ * @send_ns:	out: time that they spent in making frames and handing them to the network, waiting
+ *		for room included, likewise
+ * @wire_ns:	out: of @duration_ns, the time during which the wire was busy: at least one channel
+ *		sent, or its connection had bytes that could not leave yet (a TCP segment or more
+ *		that was taken and not sent)
+ *
+ * @harvest_ns and @send_ns are times of threads: together they are up to @duration_ns for each
+ * channel. @wire_ns is a time of the clock, @duration_ns at most, however many channels there
+ * are. So the rate of the wire is
+ *
+ *	@bytes / @wire_ns
+ *
+ * and @duration_ns - @wire_ns is what the round took longer because the wire had to wait
+ * for a harvest. What the network has taken and not delivered when the round ends is in
+ * neither: who knows when the peer has all of it, T after SEND, takes for the rate
+ *
+ *	@bytes / (T - (@duration_ns - @wire_ns))
+ *
+ * A module that is older than these three fields leaves them zero; @wire_ns is never zero
+ * otherwise, as the end of a round has to be sent.
  *
  * EINVAL: no round was ever sent; ETIMEDOUT; EINTR.
  */
@@ -493,6 +515,9 @@ struct lmtrack_stream_wait {
 	__aligned_u64 zero_pages;
 	__aligned_u64 bytes;
 	__aligned_u64 held_pages;
+	__aligned_u64 harvest_ns;
+	__aligned_u64 send_ns;
+	__aligned_u64 wire_ns;
 };
 
 #define LMTRACK_STREAM_WAIT	_IO(LMTRACK_IOC_TYPE, 0x23)
@@ -527,7 +552,7 @@ struct lmtrack_stream_cancel {
  * @zerocopy_bytes: payload bytes the network took by reference
  * @copied_bytes: payload bytes it copied (no scatter-gather, or TLS on the socket)
  * @header_bytes: frame headers and extent tables
- * @blocked_ns:	time spent inside the socket, most of it waiting for room
+ * @blocked_ns:	time spent in sending, most of it waiting for room
  *
  * EINVAL: no such channel.
  */
