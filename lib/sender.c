@@ -13,6 +13,10 @@
  * channel is shut down, which wakes the threads that wait for room in it. They look at @error
  * every WAIT_MS besides: the sockets are the caller's as well.
  *
+ * Time is divided as in the kernel's stream: a thread scans or sends, and the wire is busy while a
+ * channel sends or its connection has bytes that could not leave. Channels that keep it busy are
+ * counted, so that the wire's time is right for any number of them.
+ *
  * MSG_ZEROCOPY: the network holds the pages until the peer has acknowledged them, then says so
  * in the socket's error queue, and whether it had to copy them after all. Where it had to once
  * (loopback, a device without scatter-gather), the channel goes on without. A page that is
@@ -25,10 +29,12 @@
 #include "wire.h"
 
 #include <linux/errqueue.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -48,6 +54,7 @@ struct channel {
 	int sock;
 	pthread_t thread;
 	uint32_t round_done;
+	bool carrying;				/* one of the sender's that carry */
 	uint64_t seq;
 	struct kmig_channel_stats stats;	/* under @lock */
 
@@ -62,7 +69,7 @@ struct channel {
 
 /* What one channel has done in one round. */
 struct count {
-	uint64_t data, zero, bytes;
+	uint64_t data, zero, bytes, send_ns;
 };
 
 struct kmig_sender {
@@ -86,6 +93,9 @@ struct kmig_sender {
 	int error_channel;
 	char text[KMIG_ERROR_MAX];		/* what there is to say about it, or "" */
 	struct kmig_round result;
+	struct kmig_round_times times;
+	unsigned int carrying;			/* channels that keep the wire busy */
+	uint64_t carrying_since;
 };
 
 /* The first failure counts; it ends all channels, and so the round. */
@@ -103,6 +113,60 @@ static void fail(struct kmig_sender *sender, int number, int err, const char *te
 	pthread_mutex_unlock(&sender->lock);
 	for (unsigned int i = 0; first && i < sender->count; i++)
 		shutdown(sender->channels[i]->sock, SHUT_RDWR);
+}
+
+/* ---- Time ---- */
+
+/* The channel is about to send; returns when that was. */
+static uint64_t carry(struct channel *channel)
+{
+	struct kmig_sender *sender = channel->sender;
+	uint64_t now;
+
+	pthread_mutex_lock(&sender->lock);
+	/* Read with the lock held: else who was held up before it would count that time twice. */
+	now = kmig_now_ns();
+	if (!channel->carrying && !sender->carrying++)
+		sender->carrying_since = now;
+	pthread_mutex_unlock(&sender->lock);
+	channel->carrying = true;
+	return now;
+}
+
+/* It neither sends nor has anything pending; returns when that was. */
+static uint64_t rest(struct channel *channel)
+{
+	struct kmig_sender *sender = channel->sender;
+	uint64_t now;
+
+	pthread_mutex_lock(&sender->lock);
+	now = kmig_now_ns();
+	if (channel->carrying && !--sender->carrying)
+		sender->times.wire_ns += now - sender->carrying_since;
+	pthread_mutex_unlock(&sender->lock);
+	channel->carrying = false;
+	return now;
+}
+
+/*
+ * Has the connection bytes that could not leave? Less than a segment is no sign of it: TCP keeps
+ * that until more comes (MSG_MORE).
+ */
+static bool pending(const struct channel *channel)
+{
+	int unsent = 0, segment = 0;
+	socklen_t length = sizeof(segment);
+
+	if (ioctl(channel->sock, SIOCOUTQNSD, &unsent) ||
+	    getsockopt(channel->sock, IPPROTO_TCP, TCP_MAXSEG, &segment, &length))
+		return false;
+	return unsent && unsent >= segment;
+}
+
+/* What it began to send at @begin was taken by the connection. */
+static void taken(struct channel *channel, uint64_t begin, struct count *count)
+{
+	count->send_ns += (pending(channel) ? kmig_now_ns() : rest(channel)) - begin;
 }
 
 /* ---- Zero-copy ---- */
@@ -320,7 +384,7 @@ static int send_chunk(struct channel *channel, const struct kmig_harvest *harves
 	const struct kmig_region *region = sender->tracker->config.regions[index];
 	const uint8_t *map = (const uint8_t *)region->map + chunk * kmig_chunk_bytes(region);
 	uint64_t *sent = sender->sent[index] + chunk * KMIG_CHUNK_WORDS;
-	uint64_t data[KMIG_CHUNK_WORDS], zero[KMIG_CHUNK_WORDS];
+	uint64_t data[KMIG_CHUNK_WORDS], zero[KMIG_CHUNK_WORDS], begin;
 	int err;
 
 	for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++) {
@@ -339,8 +403,12 @@ static int send_chunk(struct channel *channel, const struct kmig_harvest *harves
 	/* The engine's thread may be looking. */
 	for (unsigned int i = 0; i < KMIG_CHUNK_WORDS; i++)
 		__atomic_store_n(&sent[i], (sent[i] | data[i]) & ~zero[i], __ATOMIC_RELAXED);
+	begin = carry(channel);
 	err = send_extents(channel, LMTRACK_FRAME_DATA, index, chunk, data, count);
-	return err ? err : send_extents(channel, LMTRACK_FRAME_ZERO, index, chunk, zero, count);
+	if (!err)
+		err = send_extents(channel, LMTRACK_FRAME_ZERO, index, chunk, zero, count);
+	taken(channel, begin, count);
+	return err;
 }
 
 /* ---- Rounds ---- */
@@ -366,6 +434,8 @@ static int send_region(struct channel *channel, unsigned int index, struct count
 	     chunk < chunks && !err; chunk += sender->count) {
 		if (sender->error)
 			return sender->error;
+		if (channel->carrying && !pending(channel))
+			rest(channel);
 		harvest.chunk = chunk;
 		memcpy(harvest.sent, sender->sent[index] + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.sent));
 		if (hold)
@@ -384,6 +454,7 @@ static int send_region(struct channel *channel, unsigned int index, struct count
 static int send_round(struct channel *channel, struct count *count, bool *harvesting)
 {
 	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END };
+	uint64_t begin;
 	int err = 0;
 
 	for (unsigned int i = 0; i < channel->sender->tracker->config.count && !err; i++)
@@ -391,9 +462,11 @@ static int send_round(struct channel *channel, struct count *count, bool *harves
 	if (err)
 		return err;
 	end.arg = count->data + count->zero;
+	begin = carry(channel);
 	err = send_frame(channel, &end, 0, count);
 	while (!err && channel->completed != channel->calls)
 		err = wait_for(channel, 0);
+	taken(channel, begin, count);
 	return err;
 }
 
@@ -424,6 +497,7 @@ static void *channel_main(void *data)
 		struct count count = { 0 };
 		bool harvesting = false;
 		char text[KMIG_ERROR_MAX] = "";
+		uint64_t begin, took;
 		int err;
 
 		if (sender->number == channel->round_done) {
@@ -433,14 +507,19 @@ static void *channel_main(void *data)
 		channel->round_done = sender->number;
 		pthread_mutex_unlock(&sender->lock);
 
+		begin = kmig_now_ns();
 		err = send_round(channel, &count, &harvesting);
 		/* Only a tracker has said what happened; an errno from the network speaks for itself. */
 		if (err && harvesting)
 			kmig_copy_error(sender->tracker->config.ctx, text);
 		if (err)
 			fail(sender, channel->number, err, text);
+		/* What its connection still has will be gone when the peer says that it has all. */
+		took = rest(channel) - begin;
 
 		pthread_mutex_lock(&sender->lock);
+		sender->times.harvest_ns += took - count.send_ns;
+		sender->times.send_ns += count.send_ns;
 		round_done(sender, &count);
 	}
 	pthread_mutex_unlock(&sender->lock);
@@ -544,6 +623,7 @@ int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_sen
 	if (!err) {
 		eventfd_read(sender->event_fd, &ended);
 		sender->result = (struct kmig_round){ .round = round };
+		sender->times = (struct kmig_round_times)KMIG_ROUND_TIMES_INIT;
 		sender->what = what;
 		sender->flags = flags;
 		sender->begin_ns = kmig_now_ns();
@@ -574,6 +654,15 @@ int kmig_sender_wait(struct kmig_tracker *tracker, struct kmig_round *round)
 	if (round->error && *sender->text)
 		return kmig_fail(tracker->config.ctx, round->error, "%s", sender->text);
 	return 0;
+}
+
+void kmig_sender_times(struct kmig_tracker *tracker, struct kmig_round_times *times)
+{
+	struct kmig_sender *sender = tracker->sender;
+
+	pthread_mutex_lock(&sender->lock);
+	*times = sender->times;
+	pthread_mutex_unlock(&sender->lock);
 }
 
 void kmig_sender_cancel(struct kmig_tracker *tracker)

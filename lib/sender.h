@@ -45,6 +45,7 @@ int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock);
 int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags);
 int kmig_sender_fd(const struct kmig_tracker *tracker);
 int kmig_sender_wait(struct kmig_tracker *tracker, struct kmig_round *round);
+void kmig_sender_times(struct kmig_tracker *tracker, struct kmig_round_times *times);
 void kmig_sender_cancel(struct kmig_tracker *tracker);
 int kmig_sender_peek(struct kmig_tracker *tracker, unsigned int region, uint64_t *bitmap, uint64_t *found);
 uint64_t kmig_sender_held(struct kmig_tracker *tracker);	/* none: it is not known here */

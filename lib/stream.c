@@ -8,6 +8,7 @@
 struct kmig_stream {
 	struct kmig_ctx *ctx;
 	int fd;
+	struct kmig_round_times times;	/* of the round last waited for */
 };
 
 int kmig_stream_create(struct kmig_ctx *ctx, const struct kmig_stream_opts *given, struct kmig_stream **out)
@@ -109,7 +110,18 @@ int kmig_stream_wait(struct kmig_stream *stream, int timeout_ms, struct kmig_rou
 		.zero_pages = wait.zero_pages,
 		.bytes = wait.bytes,
 	};
+	stream->times = (struct kmig_round_times){
+		.size = sizeof(stream->times),
+		.harvest_ns = wait.harvest_ns,
+		.send_ns = wait.send_ns,
+		.wire_ns = wait.wire_ns,
+	};
 	return 0;
+}
+
+int kmig_stream_times(struct kmig_stream *stream, struct kmig_round_times *times)
+{
+	return kmig_fill_sized(stream->ctx, times, &stream->times, sizeof(stream->times), "times of a round");
 }
 
 int kmig_stream_cancel(struct kmig_stream *stream)

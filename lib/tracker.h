@@ -75,6 +75,8 @@ struct kmig_tracker_ops {
 	int (*fd)(const struct kmig_tracker *tracker);
 	/* What came of the round; ETIMEDOUT or EINTR, without a message: it has not ended. */
 	int (*wait)(struct kmig_tracker *tracker, struct kmig_round *round);
+	/* What the round that ended last, and was waited for, spent its time on. */
+	void (*times)(struct kmig_tracker *tracker, struct kmig_round_times *times);
 	/* Shut the channels down, and so end the round. */
 	void (*cancel)(struct kmig_tracker *tracker);
 	/*
@@ -137,6 +139,11 @@ static inline int kmig_tracker_fd(const struct kmig_tracker *tracker)
 static inline int kmig_tracker_wait(struct kmig_tracker *tracker, struct kmig_round *round)
 {
 	return tracker->ops->wait(tracker, round);
+}
+
+static inline void kmig_tracker_times(struct kmig_tracker *tracker, struct kmig_round_times *times)
+{
+	tracker->ops->times(tracker, times);
 }
 
 static inline void kmig_tracker_cancel(struct kmig_tracker *tracker)

@@ -111,6 +111,7 @@ static const struct kmig_tracker_ops external_ops = {
 	.send = external_send,
 	.fd = kmig_sender_fd,
 	.wait = kmig_sender_wait,
+	.times = kmig_sender_times,
 	.cancel = kmig_sender_cancel,
 	.peek = external_peek,
 	.held = kmig_sender_held,

@@ -133,6 +133,12 @@ static int lmtrack_wait(struct kmig_tracker *tracker, struct kmig_round *round)
 	return kmig_stream_wait(lmtrack_of(tracker)->stream, 0, round);
 }
 
+static void lmtrack_times(struct kmig_tracker *tracker, struct kmig_round_times *times)
+{
+	*times = (struct kmig_round_times)KMIG_ROUND_TIMES_INIT;
+	kmig_stream_times(lmtrack_of(tracker)->stream, times);
+}
+
 static void lmtrack_cancel(struct kmig_tracker *tracker)
 {
 	kmig_stream_cancel(lmtrack_of(tracker)->stream);
@@ -278,6 +284,7 @@ static const struct kmig_tracker_ops lmtrack_ops = {
 	.send = lmtrack_send,
 	.fd = lmtrack_fd,
 	.wait = lmtrack_wait,
+	.times = lmtrack_times,
 	.cancel = lmtrack_cancel,
 	.peek = lmtrack_peek,
 	.held = lmtrack_held,

@@ -420,6 +420,7 @@ static const struct kmig_tracker_ops pagemap_ops = {
 	.send = kmig_sender_send,
 	.fd = kmig_sender_fd,
 	.wait = kmig_sender_wait,
+	.times = kmig_sender_times,
 	.cancel = kmig_sender_cancel,
 	.peek = kmig_sender_peek,
 	.held = kmig_sender_held,

@@ -68,6 +68,8 @@ static struct {
 	_Atomic uint64_t lose_page;	/* this page plus 1: when dirty, it is taken for clean and not sent */
 	_Atomic uint32_t cut_round;	/* at its end channel 0 is lost, which only this side knows */
 	_Atomic uint64_t bytes_per_second;	/* 0: as fast as it goes */
+	_Atomic unsigned int scan_us;		/* that a round of what is dirty looks before it sends */
+	_Atomic bool no_times;			/* as a module that does not know what a round spent its time on */
 } fake;
 
 static struct fake_region fake_regions[FAKE_REGIONS];
@@ -165,6 +167,8 @@ static void __attribute__((unused)) fake_reset(void)
 	fake.lose_page = 0;
 	fake.cut_round = 0;
 	fake.bytes_per_second = 0;
+	fake.scan_us = 0;
+	fake.no_times = false;
 }
 
 /* Which pages of a chunk exist: reading one that does not would make it exist. */
@@ -358,13 +362,21 @@ static int fake_end_round(struct fake_stream *stream, uint32_t channel)
 	return fake_send(stream->sockets[channel], &vec, 1);
 }
 
+static uint64_t fake_ns_between(const struct timespec *from, const struct timespec *to)
+{
+	return (to->tv_sec - from->tv_sec) * 1000000000ll + to->tv_nsec - from->tv_nsec;
+}
+
 static void *fake_round(void *data)
 {
 	struct fake_stream *stream = data;
-	struct timespec begin, end;
+	unsigned int scan_us = stream->what == LMTRACK_SEND_DIRTY ? fake.scan_us : 0;
+	struct timespec begin, found, end;
 	int err = 0;
 
 	clock_gettime(CLOCK_MONOTONIC, &begin);
+	usleep(scan_us);
+	clock_gettime(CLOCK_MONOTONIC, &found);
 	for (unsigned int i = 0; i < stream->nregions && !err; i++) {
 		struct fake_region *region = stream->regions[i];
 
@@ -377,7 +389,11 @@ static void *fake_round(void *data)
 	stream->result.round = stream->round;
 	stream->result.error = -err;
 	stream->result.channel = err ? 0 : -1;
-	stream->result.duration_ns = (end.tv_sec - begin.tv_sec) * 1000000000ll + end.tv_nsec - begin.tv_nsec;
+	stream->result.duration_ns = fake_ns_between(&begin, &end);
+	if (!fake.no_times) {
+		stream->result.harvest_ns = fake_ns_between(&begin, &found);
+		stream->result.send_ns = stream->result.wire_ns = fake_ns_between(&found, &end);
+	}
 	stream->busy = false;
 	eventfd_write(stream->fd, 1);
 	return NULL;

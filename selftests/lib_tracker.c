@@ -149,6 +149,41 @@ TEST_F(tracker, first_round_is_all_that_exists)
 	EXPECT_EQ(data * PAGE_BYTES, bytes);
 }
 
+/*
+ * The wire is busy no longer than the round lasts, and for as long as any channel sends; a channel
+ * scans or sends for no longer than the round lasts.
+ */
+static void check_times(struct __test_metadata *_metadata, struct kmig_tracker *tracker, const struct kmig_round *round,
+			unsigned int channels, struct kmig_round_times *times)
+{
+	kmig_tracker_times(tracker, times);
+	EXPECT_LT(0, times->harvest_ns);
+	EXPECT_LT(0, times->send_ns);
+	EXPECT_LE(times->wire_ns, round->duration_ns);
+	EXPECT_GE(times->wire_ns, times->send_ns / channels);
+	EXPECT_LE(times->harvest_ns + times->send_ns, channels * round->duration_ns);
+}
+
+TEST_F(tracker, times_of_rounds)
+{
+	struct kmig_round_times times;
+	bool dominates = false;
+
+	FILL();
+	START();
+	SEND_ALL();
+	check_times(_metadata, self->tracker, &self->round, variant->channels, &times);
+	/* Nothing but looking, and the round's end. */
+	for (int i = 0; i < 3; i++) {
+		SEND_DIRTY();
+		check_times(_metadata, self->tracker, &self->round, variant->channels, &times);
+		dominates |= times.harvest_ns > times.send_ns;
+	}
+	/* The module does not look where nothing was written. */
+	if (!ON_LMTRACK && variant->channels == 1)
+		EXPECT_TRUE(dominates);
+}
+
 TEST_F(tracker, then_what_was_written)
 {
 	FILL();
@@ -676,6 +711,27 @@ TEST_F(tracker, cancelled_while_it_waits_for_room)
 	EXPECT_EQ(-1, self->round.channel);
 	EXPECT_EQ(-EPIPE, kmig_tracker_send(self->tracker, 2, KMIG_SEND_ALL, 0));
 	PEERS_DEAF(false);
+}
+
+/* A slow wire: sending is nearly all of the round. */
+TEST_F(tracker, times_of_a_slow_wire)
+{
+	struct kmig_round_times times;
+
+	network.narrow = true;
+	memset(MAP(0), 0x44, CHUNK_BYTES);
+	START();
+	PEERS_DEAF(true);
+	ASSERT_EQ(0, kmig_tracker_send(self->tracker, 1, KMIG_SEND_ALL, 0));
+	usleep(300000);
+	EXPECT_EQ(-ETIMEDOUT, kmig_tracker_wait(self->tracker, &self->round));
+	PEERS_DEAF(false);
+	EXPECT_EQ(0, await(self->tracker, &self->round));
+	check_times(_metadata, self->tracker, &self->round, variant->channels, &times);
+	EXPECT_LT(kmig_ms(200), times.wire_ns);
+	EXPECT_LT(self->round.duration_ns / 2, times.wire_ns);
+	/* Channels that have no chunk have nothing to do. */
+	EXPECT_LT(kmig_ms(200), times.send_ns);
 }
 
 TEST_F(tracker, freed_while_it_sends)

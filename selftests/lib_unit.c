@@ -490,6 +490,9 @@ static void answer_wait(void *arg)
 	wait->data_pages = 15;
 	wait->zero_pages = 5;
 	wait->bytes = 30;
+	wait->harvest_ns = 4;
+	wait->send_ns = 9;
+	wait->wire_ns = 7;
 }
 
 static void answer_channel_stats(void *arg)
@@ -509,6 +512,7 @@ static void answer_channel_stats(void *arg)
 TEST_F(unit, stream)
 {
 	struct kmig_stream_opts opts = KMIG_STREAM_OPTS_INIT;
+	struct kmig_round_times times = KMIG_ROUND_TIMES_INIT;
 	struct kmig_channel_stats stats;
 	struct kmig_round round;
 	static int fd;
@@ -577,6 +581,18 @@ TEST_F(unit, stream)
 	EXPECT_EQ(15, round.data_pages);
 	EXPECT_EQ(5, round.zero_pages);
 	EXPECT_EQ(30, round.bytes);
+	EXPECT_EQ(0, kmig_stream_times(self->stream, &times));
+	EXPECT_EQ(sizeof(times), times.size);
+	EXPECT_EQ(4, times.harvest_ns);
+	EXPECT_EQ(9, times.send_ns);
+	EXPECT_EQ(7, times.wire_ns);
+	/* No more than the caller has room for. */
+	times = (struct kmig_round_times){ .size = offsetof(struct kmig_round_times, wire_ns) };
+	EXPECT_EQ(0, kmig_stream_times(self->stream, &times));
+	EXPECT_EQ(9, times.send_ns);
+	EXPECT_EQ(0, times.wire_ns);
+	times.size = 0;
+	EXPECT_FAILS(-EINVAL, kmig_stream_times(self->stream, &times), "size");
 	EXPECT_EQ(0, kmig_stream_cancel(self->stream));
 	EXPECT_FAILS(-EIO, kmig_stream_cancel(self->stream), "cancel");
 	EXPECT_FAILS(-EINVAL, kmig_stream_channel_stats(self->stream, 8, &stats), "channel 8");

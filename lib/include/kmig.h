@@ -150,6 +150,22 @@ struct kmig_round {
 	uint64_t duration_ns, pages, data_pages, zero_pages, bytes;
 };
 
+/**
+ * struct kmig_round_times - what a round's time was spent on
+ *
+ * The first two are times of threads, summed over channels. @wire_ns is of the round's
+ * @duration_ns: at least one channel sent, or its connection had bytes that could not leave yet.
+ * The rest of the duration the wire waited for pages to be found: with any number of channels the
+ * wire carries @bytes / @wire_ns.
+ */
+struct kmig_round_times {
+	size_t size;
+	uint64_t harvest_ns;	/* looking for pages, taking them, looking for zeroes */
+	uint64_t send_ns;	/* sending, waiting for room included */
+	uint64_t wire_ns;	/* 0: not known, the module is older */
+};
+#define KMIG_ROUND_TIMES_INIT { .size = sizeof(struct kmig_round_times) }
+
 struct kmig_channel_stats {
 	uint64_t frames, data_pages, zero_pages, zero_extents, zerocopy_bytes, copied_bytes, header_bytes, blocked_ns;
 };
@@ -160,6 +176,7 @@ int kmig_stream_add_region(struct kmig_stream *stream, struct kmig_region *regio
 int kmig_stream_add_channel(struct kmig_stream *stream, int sock);	/* returns the channel's number; sock stays the caller's */
 int kmig_stream_send(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what);
 int kmig_stream_wait(struct kmig_stream *stream, int timeout_ms, struct kmig_round *round);
+int kmig_stream_times(struct kmig_stream *stream, struct kmig_round_times *times);	/* of the round last waited for */
 int kmig_stream_cancel(struct kmig_stream *stream);
 int kmig_stream_channel_stats(struct kmig_stream *stream, uint32_t channel, struct kmig_channel_stats *stats);
 void kmig_stream_free(struct kmig_stream *stream);
