@@ -24,26 +24,40 @@ void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts
 
 void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_ns, uint64_t sending_ns)
 {
-	policy->rounds++;
+	/* The first pass looks at every page: that says nothing about those that follow. */
+	if (policy->rounds++)
+		policy->scan_ns = took_ns - sending_ns;
 	/* A guest may be so small that there is nothing better: it has to come to an end, too. */
 	if (sending_ns && bytes && (bytes >= RATE_BYTES_MIN || policy->rate <= 0 || policy->rough)) {
-		double rate = bytes * 1e9 / sending_ns;
-		bool known = policy->rate > 0 && !policy->rough;
+		double rate = bytes * 1e9 / fmax((double)sending_ns - policy->trip_ns, sending_ns / 2.0);
+		bool faster = policy->rate > 0 && !policy->rough && rate > policy->rate;
 
-		/* A link that got slower is believed at once, one that got faster by and by. */
-		policy->rate = known && rate > policy->rate ? (policy->rate + rate) / 2 : rate;
+		/*
+		 * A link that got slower is believed at once, one that got faster by and by, and only
+		 * if it was kept busy: what comes now and then is gone at once on any.
+		 */
+		if (!faster)
+			policy->rate = rate;
+		else if (sending_ns >= took_ns / 2)
+			policy->rate = (policy->rate + rate) / 2;
 		policy->rough = bytes < RATE_BYTES_MIN;
 	}
 	/* What is left of a small round beside its bytes is what every round costs. */
 	if (bytes < RATE_BYTES_MIN && policy->rate > 0 && !policy->rough)
-		policy->trip_ns = fmax(took_ns - bytes / policy->rate * 1e9, 0);
+		policy->trip_ns = fmax(sending_ns - bytes / policy->rate * 1e9, 0);
+}
+
+/* What a round takes beside its pages, the last one too. */
+static uint64_t round_cost_ns(const struct kmig_policy *policy)
+{
+	return policy->trip_ns + policy->scan_ns;
 }
 
 static double budget_ns(const struct kmig_policy *policy)
 {
 	double limit = kmig_ms(policy->opts.downtime_ms);
 
-	return limit - kmig_blackout_reserve(limit, policy->trip_ns + policy->digest_ns);
+	return limit - kmig_blackout_reserve(limit, round_cost_ns(policy) + policy->digest_ns);
 }
 
 bool kmig_policy_fits(const struct kmig_policy *policy, uint64_t dirty)
@@ -84,8 +98,8 @@ static void forecast(struct kmig_policy *policy, const struct kmig_look *look)
 	ahead.page_size = opts->page_size;
 	ahead.bytes_per_second = policy->rate;
 	ahead.downtime_ms = opts->downtime_ms;
-	ahead.trip_ns = policy->trip_ns;
-	ahead.blackout_ns = policy->trip_ns + policy->digest_ns;
+	ahead.trip_ns = round_cost_ns(policy);
+	ahead.blackout_ns = round_cost_ns(policy) + policy->digest_ns;
 	ahead.max_rounds = policy->rounds < opts->max_rounds ? opts->max_rounds - policy->rounds : 1;
 	if (opts->max_time_ms)
 		ahead.max_time_ms = elapsed_ms < opts->max_time_ms ? opts->max_time_ms - elapsed_ms : 1;

@@ -34,6 +34,7 @@ struct kmig_policy {
 	double rate;			/* bytes a second, while sending */
 	bool rough;			/* it is of rounds too small to tell */
 	uint64_t trip_ns;		/* what a round takes beside its pages */
+	uint64_t scan_ns;		/* of the last round, but the first pass: the wire waited for pages to be found */
 	uint64_t digest_ns;		/* that digests will take in the blackout, by the engine's estimate */
 	uint32_t rounds;
 
@@ -52,7 +53,10 @@ struct kmig_policy {
 
 void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts *opts);
 
-/* A round was acknowledged: its bytes, its whole duration, and of that the time spent sending. */
+/*
+ * A round was acknowledged: its bytes, its whole duration, and what of that was spent sending, the
+ * acknowledgement's way included: the rest was scanning.
+ */
 void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_ns, uint64_t sending_ns);
 
 /* What is seen after a round. */

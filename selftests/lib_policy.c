@@ -22,6 +22,7 @@ struct world {
 	double now;			/* seconds */
 	double wire;			/* bytes a second */
 	double trip;			/* seconds that a round takes at least */
+	double scan;			/* and those that it looks for pages meanwhile */
 	double pages;			/* of the guest */
 	double dirty;
 	double writes;			/* distinct pages a second, until all of the set are dirty */
@@ -68,11 +69,11 @@ static void send_round(struct world *world)
 
 	/* What is written before its turn comes goes along. */
 	for (int i = 0; i < 50; i++) {
-		took = pages * PAGE / world->wire + world->trip;
+		took = pages * PAGE / world->wire + world->trip + world->scan;
 		if (world->policy.rounds)
 			pages = fmin(world->dirty + left(world, took), world->pages);
 	}
-	kmig_policy_sent(&world->policy, pages * PAGE, took * SECOND, (took - world->trip) * SECOND);
+	kmig_policy_sent(&world->policy, pages * PAGE, took * SECOND, (took - world->scan) * SECOND);
 	world->bytes += pages * PAGE;
 	world->now += took;
 	world->dirty = left(world, took);
@@ -108,7 +109,7 @@ static enum kmig_decision run(struct world *world, const struct kmig_policy_opts
 
 static double blackout(const struct world *world)
 {
-	return world->dirty * PAGE / world->wire + world->trip;
+	return world->dirty * PAGE / world->wire + world->trip + world->scan;
 }
 
 /* How often the guest was slowed down that was not before. */
@@ -480,6 +481,41 @@ TEST(the_ceiling_follows_the_link)
 	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, wire_drops));
 	EXPECT_LE(blackout(&world), 0.3 * 1.1);
 	EXPECT_LE(world.ceiling, 0.5 * 25600 / 4 * 1.6);
+}
+
+/* Scanning neither passes for a slow wire nor is forgotten in what the blackout takes. */
+TEST(scanning_is_no_part_of_the_wire)
+{
+	struct world world = { .wire = 100 * MIB, .trip = 0.01, .scan = 0.1, .pages = 262144, .writes = 10000, .set = 262144 };
+	struct kmig_policy_opts opts = usual(&world);
+
+	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, NULL));
+	EXPECT_LT(fabs(world.policy.rate / world.wire - 1), 0.02);
+	EXPECT_EQ(100, world.policy.scan_ns / 1000000);
+	EXPECT_LE(blackout(&world), 0.3);
+}
+
+/* A link that is never kept busy: what little is sent is gone at once, and says nothing of it. */
+TEST(a_round_that_scans_shows_no_faster_wire)
+{
+	struct kmig_policy_opts opts = { .page_size = PAGE, .downtime_ms = 300 };
+	struct kmig_policy policy;
+
+	kmig_policy_start(&policy, &opts);
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND);
+	EXPECT_EQ(0, policy.scan_ns);
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND / 10);
+	EXPECT_EQ(100.0 * MIB, policy.rate);
+	EXPECT_EQ(SECOND * 9 / 10, policy.scan_ns);
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND / 2);
+	EXPECT_EQ(150.0 * MIB, policy.rate);
+	/* Slower in what was sent: that it is. */
+	kmig_policy_sent(&policy, 2 * MIB, SECOND, SECOND / 10);
+	EXPECT_EQ(20.0 * MIB, policy.rate);
+	/* Of a small round, what is beside bytes and scan is the trip. */
+	kmig_policy_sent(&policy, MIB / 2, SECOND / 2, SECOND / 4);
+	EXPECT_EQ(SECOND / 4 - SECOND / 40, policy.trip_ns);
+	EXPECT_EQ(SECOND / 4, policy.scan_ns);
 }
 
 static void guest_calms_down(struct world *world, uint32_t round)
