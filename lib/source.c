@@ -61,7 +61,7 @@ struct kmig_source {
 	int sockets[LMTRACK_CHANNELS_MAX];
 
 	uint32_t round, acked;
-	uint64_t round_begin_ns;
+	uint64_t round_begin_ns, round_sent_ns;	/* the latter when the tracker had begun it */
 	uint64_t round_expected;		/* pages, as far as known when it began */
 	uint64_t pages_before;			/* sent in earlier rounds */
 	bool sending;				/* the tracker has not finished the round */
@@ -660,6 +660,7 @@ static int begin_round(struct kmig_source *source, enum kmig_send_what what, uns
 		return err;
 	source->round++;
 	source->sending = true;
+	source->round_sent_ns = kmig_now_ns();
 	return 0;
 }
 
@@ -671,11 +672,26 @@ static void limit_queues(struct kmig_source *source)
 		kmig_net_queue_at_most(source->sockets[i], bytes > QUEUE_BYTES_MIN ? bytes : QUEUE_BYTES_MIN);
 }
 
+/*
+ * How long the wire waited in the last round for pages to be found. What a tracker has to ask
+ * before it can begin is a part of that. One that cannot tell looks as if it sent all the time.
+ */
+static uint64_t round_scan_ns(const struct kmig_source *source, const struct kmig_round *round)
+{
+	struct kmig_round_times times;
+	uint64_t scan = source->round_sent_ns - source->round_begin_ns;
+
+	kmig_tracker_times(source->tracker, &times);
+	if (times.wire_ns && times.wire_ns < round->duration_ns)
+		scan += round->duration_ns - times.wire_ns;
+	return scan;
+}
+
 /* Until the destination has stored the round whole. */
 static int finish_round(struct kmig_source *source, struct kmig_round *round)
 {
 	struct kmig_round_report report;
-	uint64_t took;
+	uint64_t took, scan;
 	int err;
 
 	while (source->sending || source->acked != source->round) {
@@ -683,9 +699,15 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 		if (err)
 			return err;
 	}
-	/* What is in socket buffers is not on the other side: the acknowledgement ends the measurement. */
+	/*
+	 * What is in socket buffers is not on the other side: the acknowledgement ends the measurement,
+	 * and what of the round was not scanning was the wire's.
+	 */
 	took = kmig_now_ns() - source->round_begin_ns;
-	kmig_policy_sent(&source->policy, round->bytes, took, took);
+	scan = round_scan_ns(source, round);
+	if (scan > took)
+		scan = took;
+	kmig_policy_sent(&source->policy, round->bytes, took, took - scan);
 	limit_queues(source);
 	update_report(source);
 	report = (struct kmig_round_report){
@@ -700,6 +722,7 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 		.held_pages = source->paused ? 0 : source->hot.held,
 		.stun_pages_per_second = source->paused ? 0 : source->policy.ceiling,
 		.forecast_error = source->policy.error,
+		.scan_ns = scan,
 	};
 	if (source->ops.round)
 		source->ops.round(&report, source->data);
@@ -961,6 +984,16 @@ static int send_state(struct kmig_source *source)
 	return err;
 }
 
+/* The part of a round's scanning that came after @since, if it was spread evenly over the round. */
+static uint64_t scan_since(const struct kmig_source *source, const struct kmig_round *round, uint64_t since)
+{
+	uint64_t begin = source->round_begin_ns, end = source->round_sent_ns + round->duration_ns;
+
+	if (since <= begin)
+		return round_scan_ns(source, round);
+	return since < end ? (double)(end - since) / (end - begin) * round_scan_ns(source, round) : 0;
+}
+
 /*
  * The vCPUs stand, and the round that carries what they left dirty goes out while the VMM
  * saves its devices. That may still write to memory: only when it is done is memory at rest,
@@ -969,7 +1002,7 @@ static int send_state(struct kmig_source *source)
 static int last_rounds(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
-	uint64_t dirty, held = 0, before = 0;
+	uint64_t dirty, held = 0, before = 0, harvest, begin;
 	int err;
 
 	err = peek(source, &dirty, false);
@@ -978,16 +1011,22 @@ static int last_rounds(struct kmig_source *source)
 	if (!err)
 		err = save_state(source);
 	source->report.downtime.save_ns = lap(source);
+	begin = source->lap_ns;
 	if (!err)
 		err = peek(source, &dirty, true);
 	if (err)
 		return err;
+	harvest = kmig_now_ns() - begin;
 	kmig_source_digest_freeze(&source->digest, source->dirty, source->round);
 	err = send_state(source);
 	for (int n = 0; !err; n++) {
 		err = finish_round(source, &round);
-		if (!err)
-			err = peek(source, &dirty, false);
+		if (err)
+			break;
+		harvest += scan_since(source, &round, source->lap_ns);
+		begin = kmig_now_ns();
+		err = peek(source, &dirty, false);
+		harvest += kmig_now_ns() - begin;
 		/*
 		 * Pages that somebody holds for I/O are dirty after every harvest, written or not. Their
 		 * devices rest with the guest, so once they were sent after the pause it is enough: if
@@ -1005,6 +1044,8 @@ static int last_rounds(struct kmig_source *source)
 		err = begin_round(source, KMIG_SEND_DIRTY, KMIG_SEND_HELD, dirty);
 	}
 	source->report.downtime.memory_ns = lap(source);
+	source->report.memory_copy_ns = source->report.downtime.memory_ns;
+	move_part(&source->report.memory_copy_ns, &source->report.memory_harvest_ns, harvest);
 	return err;
 }
 

@@ -87,6 +87,9 @@ TEST_F(pair, moves_a_writing_guest)
 	EXPECT_LT(0, part->pause_ns);
 	EXPECT_LT(0, part->load_ns);
 	EXPECT_LT(0, part->resume_ns);
+	EXPECT_EQ(part->memory_ns, self->source.report.memory_harvest_ns + self->source.report.memory_copy_ns);
+	EXPECT_LT(0, self->source.report.memory_harvest_ns);
+	EXPECT_LT(0, self->source.report.memory_copy_ns);
 	EXPECT_STREQ("what is left fits the downtime", self->source.report.decision);
 	TH_LOG("total %.1f ms, downtime %.1f ms, %u rounds, %.0f MB/s",
 	       self->source.report.total_ns / 1e6, self->source.report.downtime_ns / 1e6,
@@ -104,6 +107,45 @@ TEST_F(pair, ends_after_max_rounds)
 	EXPECT_LE(4, self->source.rounds);
 	EXPECT_GE(20, self->source.rounds);
 	EXPECT_NE(NULL, strstr(self->source.report.decision, "limit for pre-copy"));
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
+}
+
+/* Rounds in which the wire waits longer for pages than it takes to carry them. */
+TEST_F(pair, scanning_is_no_part_of_the_wire)
+{
+	const struct kmig_report *report = &self->source.report;
+
+	fake.bytes_per_second = 100 * MIB;
+	fake.scan_us = 800000;
+	self->source.max_rounds = 3;
+	self->source.on_timeout = KMIG_TIMEOUT_SWITCHOVER;
+	MIGRATE(16 * MIB, 50);
+	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	TH_LOG("%.0f MB/s; last round %.1f ms, of it scan %.1f; memory %.1f ms, of it harvest %.1f, copy %.1f",
+	       report->bytes_per_second / 1e6, self->source.round.duration_ns / 1e6, self->source.round.scan_ns / 1e6,
+	       report->downtime.memory_ns / 1e6, report->memory_harvest_ns / 1e6, report->memory_copy_ns / 1e6);
+	EXPECT_LT(self->source.round.bytes * 1e9 / report->bytes_per_second, self->source.round.duration_ns - 400e6);
+	EXPECT_GE(self->source.round.scan_ns, 800000000);
+	EXPECT_LE(self->source.round.scan_ns, self->source.round.duration_ns);
+	/* Saving devices takes next to no time here: the last round comes after it. */
+	EXPECT_GE(report->memory_harvest_ns, 400000000);
+	EXPECT_EQ(report->downtime.memory_ns, report->memory_harvest_ns + report->memory_copy_ns);
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
+}
+
+/* A module that does not tell: all of a round counts as sending, as before. */
+TEST_F(pair, module_without_times)
+{
+	fake.bytes_per_second = 100 * MIB;
+	fake.scan_us = 200000;
+	fake.no_times = true;
+	self->source.max_rounds = 3;
+	self->source.on_timeout = KMIG_TIMEOUT_SWITCHOVER;
+	MIGRATE(16 * MIB, 50);
+	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_GT(200000000, self->source.round.scan_ns);
 	guest_end(&self->world->guest);
 	EXPECT_SAME_MEMORY();
 }

@@ -150,6 +150,7 @@ struct side {
 	size_t state_length;
 	bool state_right;
 	unsigned int rounds;
+	struct kmig_round_report round;	/* the last */
 	struct kmig_report report;
 	char error[512];
 	/* what to change about the options */
@@ -260,6 +261,7 @@ static inline void on_round(const struct kmig_round_report *round, void *data)
 
 	if (round->round == side->rounds + 1)
 		side->rounds++;
+	side->round = *round;
 }
 
 static inline int on_prepare(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data)

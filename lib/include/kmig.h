@@ -344,6 +344,11 @@ struct kmig_report {
 	struct kmig_downtime downtime;	/* when it has completed */
 	struct kmig_guest_cost guest;	/* when it has ended */
 	const char *decision;		/* why pre-copy ended, a constant; NULL while it goes on */
+	/*
+	 * What @downtime's memory_ns was spent on, together all of it: the wire waited while pages
+	 * were looked for and taken; they were sent, and stored by the destination
+	 */
+	uint64_t memory_harvest_ns, memory_copy_ns;
 };
 
 struct kmig_round_report {
@@ -358,6 +363,7 @@ struct kmig_round_report {
 	 * blackout counts as that; 0: none was made
 	 */
 	double forecast_error;
+	uint64_t scan_ns;		/* of @duration_ns, the wire waited for pages to be found */
 };
 
 /* ---- Source engine ------------------------------------------------------------------ */
