@@ -24,6 +24,7 @@ struct play {
 	uint64_t pages, working_set, held;
 	unsigned int rounds;	/* at most */
 	double pause_s;		/* what is left takes no longer: pause */
+	uint64_t scan;		/* nanoseconds of each round */
 };
 
 FIXTURE(html)
@@ -95,6 +96,7 @@ static void play_round(FIXTURE_DATA(html) *self, const struct play *p, uint64_t 
 	round.dirty_pages_per_second = r->dirty_pages_per_second;
 	round.held_pages = r->held_pages;
 	round.stun_pages_per_second = r->stun_pages_per_second;
+	round.scan_ns = p->scan;
 	round.forecast_error = r->rounds > 2 ? 0.04 * r->rounds : 0;
 	if (r->state < KMIG_STATE_BLACKOUT)
 		r->bytes_per_second = round.bytes_per_second;
@@ -157,6 +159,8 @@ static void complete(FIXTURE_DATA(html) *self, const struct play *p, uint64_t le
 	r->total_ns += d->save_ns = 24 * MS;
 	play_round(self, p, left);
 	d->memory_ns = r->total_ns - r->state_ns[KMIG_STATE_BLACKOUT] - 26 * MS;
+	r->memory_harvest_ns = d->memory_ns / 4;
+	r->memory_copy_ns = d->memory_ns - r->memory_harvest_ns;
 	r->held_pages = 0;
 	enter(self, KMIG_STATE_CHECK);
 	r->total_ns += d->digest_ns = 11 * MS;
@@ -238,10 +242,30 @@ static void look(struct __test_metadata *_metadata, FIXTURE_DATA(html) *self)
 	}
 }
 
+/* Between two bars of the downtime, in units of the picture; less than a tenth is none. */
+static int gap_between(FIXTURE_DATA(html) *self, const char *one, const char *other)
+{
+	const char *name[2] = { one, other };
+	double x[2], width[2];
+	char title[64];
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		const char *at;
+
+		snprintf(title, sizeof(title), "<title>%s: ", name[i]);
+		at = find(self, title);
+		at = at ? strstr(at, "<rect ") : NULL;
+		if (!at || sscanf(at, "<rect class=\"%*[a-z]\" x=\"%lf\" y=\"%*f\" width=\"%lf\"", &x[i], &width[i]) != 2)
+			return -1;
+	}
+	return (int)(10 * (x[1] - x[0] - width[0]));
+}
+
 TEST_F(html, stunned)
 {
 	struct play p = { .wire = 118e6, .dirty = 144000, .ceiling = 14400, .pages = 2048 << 8, .working_set = 400000,
-			  .held = 2100, .rounds = 30, .pause_s = 0.12 };
+			  .held = 2100, .rounds = 30, .pause_s = 0.12, .scan = 7500000 };
 
 	complete(self, &p, play(self, &p));
 	look(_metadata, self);
@@ -250,6 +274,13 @@ TEST_F(html, stunned)
 	EXPECT_NE(NULL, find(self, "held back until the pause"));
 	EXPECT_NE(NULL, find(self, "\"good\">within the limit of 300 ms<"));
 	EXPECT_NE(NULL, find(self, ">device state out</text>"));
+	EXPECT_NE(NULL, find(self, ">last harvest</text>"));
+	EXPECT_NE(NULL, find(self, ">last copy</text>"));
+	EXPECT_NE(NULL, find(self, "<th>took</th><th>of it<br/>scan</th><th>MB/s</th>"));
+	EXPECT_NE(NULL, find(self, "<td>7.5 ms</td>"));
+	/* Each begins where the one before it ends. */
+	EXPECT_EQ(0, gap_between(self, "last harvest", "last copy"));
+	EXPECT_EQ(0, gap_between(self, "last copy", "digests"));
 	EXPECT_NE(NULL, find(self, "What the guest felt"));
 	EXPECT_NE(NULL, find(self, "<td>4711</td>"));
 	EXPECT_NE(NULL, find(self, ">guest paused 253 ms</text>"));
@@ -265,6 +296,7 @@ TEST_F(html, short_run)
 	complete(self, &p, play(self, &p));
 	look(_metadata, self);
 	EXPECT_EQ(NULL, find(self, "(stun)"));
+	EXPECT_EQ(NULL, find(self, "of it<br/>scan"));
 	EXPECT_EQ(NULL, find(self, "held back"));
 	EXPECT_NE(NULL, find(self, ">600</text>"));
 }

@@ -456,7 +456,7 @@ static struct kmig_round_report round_reports[] = {
 	{ .round = 1, .dirty_pages = 1000, .data_pages = 1000, .bytes = 4096000, .duration_ns = 1000000000 },
 	{ .round = 2, .dirty_pages = 500, .data_pages = 500, .bytes = 2048000, .duration_ns = 500000000,
 	  .held_pages = 40, .stun_pages_per_second = 600, .forecast_error = 0.125 },
-	{ .round = 3, .dirty_pages = 90, .data_pages = 90, .bytes = 368640, .duration_ns = 90000000 },
+	{ .round = 3, .dirty_pages = 90, .data_pages = 90, .bytes = 368640, .duration_ns = 90000000, .scan_ns = 20000000 },
 };
 
 static void tell(struct account *a)
@@ -469,7 +469,7 @@ static void tell(struct account *a)
 		.downtime = { 1000000, 2000000, 3000000, 4000000, 5000000, 6000000, 7000000 },
 		.guest = { .write_faults = 590, .fault_ns = 3000000, .stuns = 30, .stun_ns = 450000000,
 			   .stun_max_ns = 20000000, .threads = 1, .thread = { { 77, 30, 300000000 } } },
-		.decision = "what is left fits the downtime",
+		.decision = "what is left fits the downtime", .memory_harvest_ns = 1250000, .memory_copy_ns = 1750000,
 	};
 	struct kmig_report now = { .total_ns = 1100000000, .state = KMIG_STATE_FIRST_PASS };
 
@@ -513,7 +513,7 @@ TEST(report)
 	};
 	static const char *const said[] = {
 		"    HELD CEILING ERROR\n", "      40     600   12%\n",
-		"downtime in ms: pause 1.0, device state out 2.0, memory 3.0, digests 4.0, device state in 5.0, commit 6.0, resume 7.0\n",
+		"downtime in ms: pause 1.0, device state out 2.0, memory 3.0 (harvest 1.2, copy 1.8), digests 4.0, device state in 5.0, commit 6.0, resume 7.0\n",
 		"pre-copy ended: what is left fits the downtime\n",
 		"forecast, round 1: 2 rounds, 2.4 MiB, 0.8 s, downtime 30 ms, stun 600/s\n",
 		"what came:         1 round, 2.3 MiB, 0.9 s, downtime 28 ms\n",
@@ -534,8 +534,41 @@ TEST(report)
 	for (i = 0; i < sizeof(parts) / sizeof(parts[0]); i++)
 		sum += number_at(root, "downtime-parts", parts[i]);
 	EXPECT_EQ(number_at(root, "downtime", NULL), sum);
+	EXPECT_EQ(number_at(root, "downtime-parts", "memory"),
+		  number_at(root, "memory-parts", "harvest") + number_at(root, "memory-parts", "copy"));
 	EXPECT_EQ(2, number_at(root, "forecast", "dirty-sync-count"));
 	EXPECT_EQ(20, number_at(root, "guest", "cpu-throttle-percentage"));
+	json_object_put(root);
+	free(text);
+	account_free(&a);
+}
+
+/* How long rounds scanned is told where there is room; in the JSON always. */
+TEST(report_of_scanning)
+{
+	static const char *const lines[] = {
+		"ROUND    DIRTY     SENT     ZERO SECONDS    SCAN   MB/s  DIRTY/s    HELD CEILING\n",
+		"    3       90       90        0    0.09    0.02    0.0        0       0       0\n",
+	};
+	struct json_object *root, *rounds, *value;
+	struct account a = { 0 };
+	char *text;
+	size_t i;
+
+	tell(&a);
+	root = put(&a, &text);
+	EXPECT_EQ(NULL, strstr(text, "SCAN"));
+	ASSERT_TRUE(json_object_object_get_ex(root, "rounds", &rounds));
+	ASSERT_TRUE(json_object_object_get_ex(json_object_array_get_idx(rounds, 2), "scan-seconds", &value));
+	EXPECT_EQ(0.02, json_object_get_double(value));
+	json_object_put(root);
+	free(text);
+	a.rounds[1].forecast_error = 0;
+	root = put(&a, &text);
+	for (i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
+		EXPECT_NE(NULL, strstr(text, lines[i])) TH_LOG("line %zu is not said, but:\n%s", i, text);
+		EXPECT_GE(81, strlen(lines[i]));
+	}
 	json_object_put(root);
 	free(text);
 	account_free(&a);
@@ -545,7 +578,7 @@ TEST(report)
 TEST(report_leaves_out)
 {
 	static const char *const unsaid[] = {
-		"HELD", "CEILING", "ERROR", "forecast", "guest", "Mbit", "copied", "ROUND", "downtime in",
+		"HELD", "CEILING", "ERROR", "SCAN", "forecast", "guest", "Mbit", "copied", "ROUND", "downtime in",
 	};
 	struct account a = { .report = { .verdict = KMIG_COMPLETED, .data_pages = 7, .copied_bytes = 7 << 12 } };
 	struct json_object *root;
@@ -561,6 +594,30 @@ TEST(report_leaves_out)
 	EXPECT_EQ(7, number_at(root, "ram", "normal"));
 	json_object_put(root);
 	free(text);
+}
+
+TEST(line_of_a_round)
+{
+	struct kmig_round_report r = {
+		.round = 2, .dirty_pages = 1500, .data_pages = 1400, .zero_pages = 100, .duration_ns = 1250000000,
+		.bytes_per_second = 4.7e6, .scan_ns = 31000000,
+	};
+	char text[PROGRESS_MAX];
+
+	progress_round_text(&r, 79, text);
+	EXPECT_STREQ("round 2: 1500 pages dirty, 1400 sent, 100 zero, 1.250 s, 4.7 MB/s, scan 0.031 s", text);
+	/* It goes before anything else does. */
+	progress_round_text(&r, 78, text);
+	EXPECT_STREQ("round 2: 1500 pages dirty, 1400 sent, 100 zero, 1.250 s, 4.7 MB/s", text);
+	r.held_pages = 7;
+	r.stun_pages_per_second = 600;
+	progress_round_text(&r, 80, text);
+	EXPECT_STREQ("round 2: 1500 pages dirty, 1400 sent, 100 zero, 1.250 s, 4.7 MB/s, 7 held back, stunned to 600 pages/s", text);
+	r.held_pages = 0;
+	r.stun_pages_per_second = 0;
+	r.scan_ns = 0;
+	progress_round_text(&r, 80, text);
+	EXPECT_STREQ("round 2: 1500 pages dirty, 1400 sent, 100 zero, 1.250 s, 4.7 MB/s", text);
 }
 
 TEST(progress_fits_the_line)

@@ -455,11 +455,13 @@ static void put_mark(FILE *f, const char *class, double x, double top, double fo
 /* One after the other, as they were: each begins where the one before it ends. */
 void put_downtime(FILE *f, const struct story *story)
 {
-	const struct kmig_downtime *d = &story->account->report.downtime;
+	const struct kmig_report *r = &story->account->report;
+	const struct kmig_downtime *d = &r->downtime;
 	const struct part part[] = {
 		{ "pause", "QEMU pauses the guest", d->pause_ns, true },
 		{ "device state out", "while the last round is looked for and sent", d->save_ns, true },
-		{ "memory", "what the last round took beyond that", d->memory_ns, false },
+		{ "last harvest", "of the last round, beyond that: looking for what is to be sent", r->memory_harvest_ns, false },
+		{ "last copy", "and sending it, until the destination has stored it", r->memory_copy_ns, false },
 		{ "digests", "both sides compare what it carried", d->digest_ns, false },
 		{ "device state in", "QEMU at the destination loads it", d->load_ns, true },
 		{ "commit", "the last word, there and back", d->commit_ns, false },

@@ -128,7 +128,7 @@ const char *rate(double bytes_per_second, char text[32])
 /* ---- tables ------------------------------------------------------------------------------------ */
 
 struct columns {
-	bool zero, held, ceiling, error;
+	bool zero, scan, held, ceiling, error;
 };
 
 static void put_round(FILE *f, const struct story *story, const struct timed_round *t, struct columns c,
@@ -145,7 +145,10 @@ static void put_round(FILE *f, const struct story *story, const struct timed_rou
 	fprintf(f, "<td>%" PRIu64 "</td><td>%" PRIu64 "</td>", r->dirty_pages, r->data_pages);
 	if (c.zero)
 		fprintf(f, "<td>%" PRIu64 "</td>", r->zero_pages);
-	fprintf(f, "<td>%s</td><td>%s</td>", duration(r->duration_ns, text), rate(r->bytes_per_second, (char[32]){ 0 }));
+	fprintf(f, "<td>%s</td>", duration(r->duration_ns, text));
+	if (c.scan)
+		fprintf(f, "<td>%s</td>", duration(r->scan_ns, text));
+	fprintf(f, "<td>%s</td>", rate(r->bytes_per_second, text));
 	/* Of the first nobody knows what was written before it. */
 	fprintf(f, "<td>%s</td>", r->round > 1 ? rate(r->dirty_pages_per_second * page, text) : "");
 	if (c.held)
@@ -173,18 +176,19 @@ static void put_rounds(FILE *f, const struct story *story)
 
 		largest = r->bytes > largest ? r->bytes : largest;
 		c.zero |= r->zero_pages > 0;
+		c.scan |= r->scan_ns > 0;
 		c.held |= r->held_pages > 0;
 		c.ceiling |= r->stun_pages_per_second > 0;
 		c.error |= r->forecast_error > 0;
 	}
 	fprintf(f, "<section><h2>The rounds</h2>\n<div class=\"wide\"><table>\n<tr><th>round</th><th></th><th>size</th>"
-		"<th>pages<br/>dirty</th><th>sent</th>%s<th>took</th><th>MB/s</th><th>dirtied<br/>MB/s</th>%s%s%s</tr>\n",
-		c.zero ? "<th>zero</th>" : "", c.held ? "<th>held<br/>back</th>" : "",
+		"<th>pages<br/>dirty</th><th>sent</th>%s<th>took</th>%s<th>MB/s</th><th>dirtied<br/>MB/s</th>%s%s%s</tr>\n",
+		c.zero ? "<th>zero</th>" : "", c.scan ? "<th>of it<br/>scan</th>" : "", c.held ? "<th>held<br/>back</th>" : "",
 		c.ceiling ? "<th>ceiling<br/>MB/s</th>" : "", c.error ? "<th>forecast<br/>off by</th>" : "");
 	for (i = 0; i < t->rounds; i++) {
 		if (out && i == ROUNDS_SHOWN / 2) {
 			fprintf(f, "<tr><td colspan=\"%d\" class=\"soft\">%zu rounds are left out here</td></tr>\n",
-				8 + c.zero + c.held + c.ceiling + c.error, out);
+				8 + c.zero + c.scan + c.held + c.ceiling + c.error, out);
 			i += out;
 		}
 		put_round(f, story, &t->round[i], c, largest);

@@ -165,17 +165,27 @@ void progress_update(struct progress *p, const struct kmig_report *r)
 	print_line(p, r);
 }
 
+/* How long it scanned is told if there is room for it, the rest in any case. */
+void progress_round_text(const struct kmig_round_report *r, unsigned int columns, char text[PROGRESS_MAX])
+{
+	snprintf(text, PROGRESS_MAX, "round %u: %" PRIu64 " pages dirty, %" PRIu64 " sent, %" PRIu64 " zero, %.3f s, %.1f MB/s",
+		 r->round, r->dirty_pages, r->data_pages, r->zero_pages,
+		 (double)r->duration_ns / 1e9, r->bytes_per_second / 1e6);
+	if (r->held_pages)
+		add(text, PROGRESS_MAX, "%" PRIu64 " held back", r->held_pages);
+	if (r->stun_pages_per_second > 0)
+		add(text, PROGRESS_MAX, "stunned to %.0f pages/s", r->stun_pages_per_second);
+	if (r->scan_ns >= 500000)
+		add(text, columns + 1, "scan %.3f s", (double)r->scan_ns / 1e9);
+}
+
 void progress_round(struct progress *p, const struct kmig_round_report *r)
 {
+	char text[PROGRESS_MAX];
+
 	if (!p->verbose)
 		return;
 	status_line(NULL);
-	fprintf(stderr, "round %u: %" PRIu64 " pages dirty, %" PRIu64 " sent, %" PRIu64 " zero, %.3f s, %.1f MB/s",
-		r->round, r->dirty_pages, r->data_pages, r->zero_pages,
-		(double)r->duration_ns / 1e9, r->bytes_per_second / 1e6);
-	if (r->held_pages)
-		fprintf(stderr, ", %" PRIu64 " held back", r->held_pages);
-	if (r->stun_pages_per_second > 0)
-		fprintf(stderr, ", stunned to %.0f pages/s", r->stun_pages_per_second);
-	fputc('\n', stderr);
+	progress_round_text(r, COLUMNS, text);
+	fprintf(stderr, "%s\n", text);
 }

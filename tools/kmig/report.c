@@ -8,6 +8,7 @@
 #include "tool.h"
 
 #define THREADS_TOLD 3	/* in the text; the JSON has all that are known */
+#define SCAN_SEEN_NS 5000000	/* with two decimals of a second it is more than nothing */
 
 static double ms(uint64_t ns)
 {
@@ -119,7 +120,7 @@ static void put_states(struct out *o, const struct kmig_report *r)
 
 /* Columns that say nothing in any line are left out of the text. */
 struct columns {
-	bool held, ceiling, error;
+	bool held, ceiling, error, scan;
 };
 
 static struct columns columns_of(const struct account *a)
@@ -131,7 +132,10 @@ static struct columns columns_of(const struct account *a)
 		c.held |= a->rounds[i].held_pages > 0;
 		c.ceiling |= a->rounds[i].stun_pages_per_second > 0;
 		c.error |= a->rounds[i].forecast_error > 0;
+		c.scan |= a->rounds[i].scan_ns >= SCAN_SEEN_NS;
 	}
+	/* All four would not fit eighty columns. */
+	c.scan &= !(c.held && c.ceiling && c.error);
 	return c;
 }
 
@@ -144,6 +148,7 @@ static void put_round(struct out *o, const struct kmig_round_report *r, bool pau
 	out_uint(o, "zero", " %8" PRIu64, r->zero_pages);
 	out_uint(o, "bytes", NULL, r->bytes);
 	out_float(o, "seconds", " %7.2f", (double)r->duration_ns / 1e9);
+	out_float(o, "scan-seconds", c.scan ? " %7.2f" : NULL, (double)r->scan_ns / 1e9);
 	out_text(o, " %6.1f", r->bytes_per_second / 1e6);
 	out_float(o, "mbps", NULL, r->bytes_per_second * 8 / 1e6);
 	out_float(o, "dirty-pages-rate", " %8.0f", r->dirty_pages_per_second);
@@ -161,8 +166,8 @@ static void put_rounds(struct out *o, const struct account *a)
 	size_t i;
 
 	if (a->count)
-		out_text(o, "%5s %8s %8s %8s %7s %6s %8s%s%s%s\n", "ROUND", "DIRTY", "SENT", "ZERO",
-			 "SECONDS", "MB/s", "DIRTY/s", c.held ? "    HELD" : "",
+		out_text(o, "%5s %8s %8s %8s %7s%s %6s %8s%s%s%s\n", "ROUND", "DIRTY", "SENT", "ZERO",
+			 "SECONDS", c.scan ? "    SCAN" : "", "MB/s", "DIRTY/s", c.held ? "    HELD" : "",
 			 c.ceiling ? " CEILING" : "", c.error ? " ERROR" : "");
 	out_array(o, "rounds");
 	for (i = 0; i < a->count; i++)
@@ -171,16 +176,24 @@ static void put_rounds(struct out *o, const struct account *a)
 }
 
 /* What the downtime was made of, one after the other; together they are the downtime. */
-static void put_downtime(struct out *o, const struct kmig_downtime *d)
+static void put_downtime(struct out *o, const struct kmig_report *r)
 {
+	const struct kmig_downtime *d = &r->downtime;
+
 	out_object(o, "downtime-parts");
 	out_float(o, "pause", "downtime in ms: pause %.1f, ", ms(d->pause_ns));
 	out_float(o, "device-state-out", "device state out %.1f, ", ms(d->save_ns));
-	out_float(o, "memory", "memory %.1f, ", ms(d->memory_ns));
+	out_float(o, "memory", "memory %.1f ", ms(d->memory_ns));
+	out_text(o, "(harvest %.1f, copy %.1f), ", ms(r->memory_harvest_ns), ms(r->memory_copy_ns));
 	out_float(o, "digests", "digests %.1f, ", ms(d->digest_ns));
 	out_float(o, "device-state-in", "device state in %.1f, ", ms(d->load_ns));
 	out_float(o, "commit", "commit %.1f, ", ms(d->commit_ns));
 	out_float(o, "resume", "resume %.1f\n", ms(d->resume_ns));
+	out_end(o);
+	/* Beside them, and not among them: their sum is the downtime. */
+	out_object(o, "memory-parts");
+	out_float(o, "harvest", NULL, ms(r->memory_harvest_ns));
+	out_float(o, "copy", NULL, ms(r->memory_copy_ns));
 	out_end(o);
 }
 
@@ -271,7 +284,7 @@ void report_put(struct out *o, const struct account *a, const char *error)
 	out_float(o, "downtime", r->downtime_ns ? "downtime %.1f ms, " : NULL, ms(r->downtime_ns));
 	out_float(o, "setup-time", "setup %.1f ms\n", ms(r->setup_ns));
 	if (a->source && r->verdict == KMIG_COMPLETED)
-		put_downtime(o, &r->downtime);
+		put_downtime(o, r);
 	if (r->decision)
 		out_string(o, "precopy-ended", "pre-copy ended: %s\n", r->decision);
 	put_forecast(o, a);

@@ -293,6 +293,7 @@ void progress_round(struct progress *p, const struct kmig_round_report *round);
 /** progress_text() - the line, as much of it as fits before the last of @columns */
 #define PROGRESS_MAX 256
 void progress_text(const struct kmig_report *report, bool source, unsigned int columns, char text[PROGRESS_MAX]);
+void progress_round_text(const struct kmig_round_report *round, unsigned int columns, char text[PROGRESS_MAX]);
 
 /* ---- timeline.c, html.c, chart.c: the report that is looked at ------------------------------- */
 
