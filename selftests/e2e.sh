@@ -11,6 +11,7 @@ export LD_LIBRARY_PATH=$root/build/lib
 work=$(mktemp -d)
 src_ip=10.77.0.1
 dst_ip=10.77.0.2
+guest_name=e2e
 guest_memory=256M
 guest_load="gl.mb=64 gl.static=32 gl.writers=2 gl.rate=20 gl.verify=16"
 guest_kernel=/boot/vmlinuz-$("$root/tools/vm/kernels" 6.12)
@@ -36,7 +37,17 @@ link_add()
 	for ns in src dst; do
 		ip -n $ns link set lo up
 		ip -n $ns link set veth0 up
-		[ -z "$1" ] || tc -n $ns qdisc add dev veth0 root tbf rate "$1" burst 256k latency 100ms
+	done
+	[ -z "$1" ] || link_shape "$1"
+}
+
+# link_shape RATE: anew, also where it was shaped already.
+link_shape()
+{
+	local ns
+
+	for ns in src dst; do
+		tc -n $ns qdisc replace dev veth0 root tbf rate "$1" burst 256k latency 100ms || return 1
 	done
 }
 
@@ -49,6 +60,8 @@ qemu_args()
 	      -nodefaults -no-reboot -display none -serial "file:$1"
 	      -kernel "$guest_kernel" -initrd "$root/build/guest/initramfs.cpio.gz"
 	      -append "console=ttyS0 quiet panic=-1 pci=off edd=off $guest_load")
+	# gl.beat comes out here, for who has made a fifo to watch it.
+	[ ! -p "${1%.log}.beat" ] || qemu+=(-debugcon "file:${1%.log}.beat")
 }
 
 # Wait until a command succeeds, at most SECONDS.
@@ -85,7 +98,7 @@ start_source()
 {
 	qemu_args "$work/src.log"
 	ip netns exec src "$kmig" qemu run --memory $guest_memory --qmp "$work/src.qmp" \
-		--name e2e -- "${qemu[@]}" 2>"$work/src.err" &
+		--name "$guest_name" -- "${qemu[@]}" 2>"$work/src.err" &
 	src_pid=$!
 }
 
@@ -95,7 +108,7 @@ start_receive()
 	[ -e "$work/secret" ] || (umask 077 && head -c 32 /dev/urandom | base64 >"$work/secret")
 	qemu_args "$work/dst.log"
 	ip netns exec dst "$kmig" receive --listen $dst_ip --secret "$work/secret" \
-		--memory $guest_memory --qmp "$work/dst.qmp" --name e2e \
+		--memory $guest_memory --qmp "$work/dst.qmp" --name "$guest_name" \
 		--report "$work/receive.json" "$@" -- "${qemu[@]}" >"$work/receive.log" 2>"$work/receive.err" &
 	recv_pid=$!
 	wait_for 30 receive_listens_or_ended
@@ -145,8 +158,8 @@ beats_continue()
 		}'
 }
 
-# End both QEMUs and whatever listens, remove the link.
-cleanup()
+# End both QEMUs and whatever listens.
+end_guests()
 {
 	local pid ns
 
@@ -156,6 +169,16 @@ cleanup()
 			wait "$pid" 2>/dev/null
 			wait_for 10 ended "$pid"
 		done
+	done
+}
+
+# And remove the link.
+cleanup()
+{
+	local ns
+
+	end_guests
+	for ns in src dst; do
 		ip netns del $ns 2>/dev/null
 	done
 	rm -rf "$work"

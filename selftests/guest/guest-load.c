@@ -4,26 +4,32 @@
  * memory and knows what every page of it must hold.
  *
  * Each page of the working set carries its number, a generation and a checksum of
- * its body. The generation it must have is kept in another table, so that a page that
- * arrives whole but old is found too. A page whose table entry is odd is being
- * written. The static area is written once; its checksums are kept apart as well.
+ * its body and its generation. The generation it must have is kept in another table, so
+ * that a page that arrives whole but old is found too. A page whose table entry is odd is
+ * being written. The static area is written once; its checksums are kept apart as well.
  *
  * Parameters, on the kernel's command line:
  *   gl.mb=N       working set in MiB (64)
  *   gl.static=N   static area in MiB (32)
  *   gl.writers=N  threads that write (2)
  *   gl.rate=N     MB/s that they dirty together, 0 for as fast as they can (20)
+ *   gl.touch=1    write only the head of a page: it is as dirty, and far more pages are (0)
  *   gl.verify=N   MB/s that are verified, 0 for as fast as it can (16)
  *   gl.corrupt=N  after N seconds, damage a page (0: never); the guest must notice
+ *   gl.beat=N     a byte to QEMU's debug console every N ms (0: none)
+ *   gl.line=N     a line to the console every N ms (100)
  *
- * Every 100 ms a line on the console:
+ * The line:
  *   HB <n> boot=<boot id> t=<ms> pages=<written> verified=<pages> passes=<n>
- * preceded, from the first mismatch on, by a line that begins with CORRUPT.
+ * preceded, from the first mismatch on, by a line that begins with CORRUPT. Each byte of a
+ * line is an exit, which keeps an emulated guest from other things; who wants to know how
+ * long it stood still watches the bytes of gl.beat, which count.
  */
 
 #include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -43,6 +49,7 @@
 #define STATIC_WORDS	(PAGE / 8)
 #define NSEC		1000000000LL
 #define BATCH		32
+#define BEAT_PORT	0xe9
 
 struct page {
 	uint64_t number;
@@ -60,7 +67,7 @@ static uint64_t (*fixed)[STATIC_WORDS];
 static uint64_t *fixed_sums;
 static uint64_t fixed_count;
 
-static uint64_t writers, rate, verify_rate, corrupt_after;
+static uint64_t writers, rate, touch, verify_rate, corrupt_after;
 static atomic_ullong written, verified, passes;
 
 static char corrupt_text[160];
@@ -126,20 +133,37 @@ static uint64_t checksum(const uint64_t *words, unsigned int n)
 	return a ^ (b << 32 | b >> 32);
 }
 
-static void page_write(uint64_t n)
+/* What page_write() has to change: a generation has its share in the sum, so that it can. */
+static uint64_t page_sum(const struct page *p, uint64_t gen)
 {
-	uint64_t gen = atomic_load_explicit(&generations[n], memory_order_relaxed) + 2;
-	uint64_t x = mix(n << 32 ^ gen), step = mix(x) | 1;
-	struct page *p = &pages[n];
+	return checksum(p->body, BODY_WORDS) ^ mix(gen);
+}
 
-	atomic_store_explicit(&generations[n], gen - 1, memory_order_relaxed);
-	atomic_thread_fence(memory_order_release);
+static void page_fill(struct page *p, uint64_t n, uint64_t gen)
+{
+	uint64_t x = mix(n << 32 ^ gen), step = mix(x) | 1;
 
 	for (unsigned int i = 0; i < BODY_WORDS; i++, x += step)
 		p->body[i] = x;
 	p->number = n;
+	p->checksum = page_sum(p, gen);
+}
+
+static void page_write(uint64_t n, bool whole)
+{
+	uint64_t old = atomic_load_explicit(&generations[n], memory_order_relaxed);
+	struct page *p = &pages[n];
+	uint64_t gen = old + 2;
+
+	atomic_store_explicit(&generations[n], gen - 1, memory_order_relaxed);
+	atomic_thread_fence(memory_order_release);
+
+	/* If the page is not the one of generation old, its sum stays as wrong as it is. */
+	if (whole)
+		page_fill(p, n, gen);
+	else
+		p->checksum ^= mix(old) ^ mix(gen);
 	p->generation = gen;
-	p->checksum = checksum(p->body, BODY_WORDS);
 
 	atomic_store_explicit(&generations[n], gen, memory_order_release);
 	atomic_fetch_add_explicit(&written, 1, memory_order_relaxed);
@@ -157,7 +181,7 @@ static void *writer(void *arg)
 	for (;;) {
 		for (int k = 0; k < BATCH; k++) {
 			seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
-			page_write(first + (seed >> 32) % count);
+			page_write(first + (seed >> 32) % count, !touch);
 		}
 		done += BATCH * writers;
 		pace(done, rate, &start);
@@ -195,7 +219,7 @@ static void page_verify(uint64_t n)
 	else if (copy.generation != gen)
 		report_corrupt("page %" PRIu64 " has generation %" PRIu64 ", not %" PRIu64, n,
 			       copy.generation / 2, gen / 2);
-	else if (copy.checksum != checksum(copy.body, BODY_WORDS))
+	else if (copy.checksum != page_sum(&copy, gen))
 		report_corrupt("page %" PRIu64 " generation %" PRIu64 " has a wrong checksum", n,
 			       gen / 2);
 }
@@ -227,6 +251,25 @@ static void *verifier(void *arg)
 	return NULL;
 }
 
+/*
+ * It is nobody's turn before this one's, and the byte is out when the write has ended. Late
+ * ones are not made up for.
+ */
+static void *beater(void *period_ms)
+{
+	const struct sched_param first = { .sched_priority = 1 };
+	int ports = open("/dev/port", O_WRONLY);
+
+	if (ports < 0 || pthread_setschedparam(pthread_self(), SCHED_FIFO, &first))
+		die("beater");
+	for (uint8_t n = 0;; n++) {
+		if (pwrite(ports, &n, 1, BEAT_PORT) != 1)
+			die("a beat");
+		sleep_until(now() + (int64_t)(uintptr_t)period_ms * 1000000);
+	}
+	return NULL;
+}
+
 static void *map(uint64_t bytes)
 {
 	void *p = mmap(NULL, bytes ? bytes : PAGE, PROT_READ | PROT_WRITE,
@@ -244,7 +287,7 @@ static void fill(void)
 	pages = map(page_count * PAGE);
 	generations = map(page_count * sizeof(*generations));
 	for (uint64_t n = 0; n < page_count; n++)
-		page_write(n);
+		page_write(n, true);
 
 	fixed = map(fixed_count * PAGE);
 	fixed_sums = map(fixed_count * sizeof(*fixed_sums));
@@ -291,6 +334,7 @@ static void damage(void)
 int main(void)
 {
 	char cmdline[4096], boot_id[64];
+	uint64_t beat_ms, line_ms;
 	int64_t start, beat;
 	int console;
 
@@ -312,13 +356,19 @@ int main(void)
 	fixed_count = parameter(cmdline, "gl.static=", 32) * MB_PAGES;
 	writers = parameter(cmdline, "gl.writers=", 2);
 	rate = parameter(cmdline, "gl.rate=", 20);
+	touch = parameter(cmdline, "gl.touch=", 0);
 	verify_rate = parameter(cmdline, "gl.verify=", 16);
 	corrupt_after = parameter(cmdline, "gl.corrupt=", 0);
+
+	line_ms = parameter(cmdline, "gl.line=", 100);
 
 	fill();
 	start_thread(verifier, 0);
 	for (uint64_t i = 0; i < writers; i++)
 		start_thread(writer, i);
+	beat_ms = parameter(cmdline, "gl.beat=", 0);
+	if (beat_ms)
+		start_thread(beater, beat_ms);
 
 	start = now();
 	beat = start;
@@ -333,7 +383,7 @@ int main(void)
 			corrupt_after = 0;
 			damage();
 		}
-		beat += NSEC / 10;
+		beat += line_ms * 1000000;
 		if (beat < now())
 			beat = now();
 		sleep_until(beat);
