@@ -7,7 +7,7 @@
 #   make check             everything built, checked and tested on the stock kernels
 #   make check KERNEL=debug          ... on a kernel with KASAN, lockdep, kmemleak (built first)
 #   make check KERNEL=debug-kcsan    ... on one that looks for data races
-#   make demo              a running guest moves between two QEMUs, in a VM
+#   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
 #   make install           PREFIX, DESTDIR; modules for KERNELS
