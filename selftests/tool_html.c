@@ -25,6 +25,7 @@ struct play {
 	unsigned int rounds;	/* at most */
 	double pause_s;		/* what is left takes no longer: pause */
 	uint64_t scan;		/* nanoseconds of each round */
+	uint64_t lump;		/* what was sent counts up by so many bytes; 0: steadily */
 };
 
 FIXTURE(html)
@@ -86,6 +87,8 @@ static void play_round(FIXTURE_DATA(html) *self, const struct play *p, uint64_t 
 	while (r->total_ns + 250 * MS < begin + took) {
 		r->total_ns += 250 * MS;
 		r->transferred_bytes = sent + (uint64_t)((double)(r->total_ns - begin) / 1e9 * p->wire);
+		if (p->lump)
+			r->transferred_bytes -= (r->transferred_bytes - sent) % p->lump;
 		r->remaining_bytes = round.bytes - (r->transferred_bytes - sent);
 		tell(self);
 	}
@@ -299,6 +302,30 @@ TEST_F(html, short_run)
 	EXPECT_EQ(NULL, find(self, "of it<br/>scan"));
 	EXPECT_EQ(NULL, find(self, "held back"));
 	EXPECT_NE(NULL, find(self, ">600</text>"));
+}
+
+/* On a slow link what was sent counts up by a chunk, seldom: the wire was not idle between. */
+TEST_F(html, slow_link)
+{
+	struct play p = { .wire = 3e6, .dirty = 100, .pages = 100 << 8, .working_set = 3000, .rounds = 30,
+			  .pause_s = 0.5, .lump = 2 << 20 };
+	int idle = 0, steps = 0;
+	double base, x, y, to;
+	const char *at;
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	at = find(self, "<path class=\"area wire\" d=\"M");
+	ASSERT_NE(NULL, at);
+	at = strchr(at, 'M');
+	ASSERT_EQ(2, sscanf(at, "M%lf %lf", &x, &base));
+	while ((at = strpbrk(at + 1, "L\"")) && sscanf(at, "L%lf %lfH%lf", &x, &y, &to) == 3) {
+		steps++;
+		idle += y > base - 1;
+	}
+	EXPECT_LT(10, steps);
+	/* Paused, devices are loaded and nothing is sent. */
+	EXPECT_GE(2, idle);
 }
 
 TEST_F(html, one_round)

@@ -194,12 +194,13 @@ static void put_rounds_behind(const struct chart *c, const struct story *story)
 
 /*
  * What went over the wire from sample to sample, taken together until they are far enough
- * apart to be seen. Calls @fn with each, if there is one; returns the highest.
+ * apart to be seen. A slow wire's count stands still while a chunk is under way: where it does
+ * for long, nothing was sent. Calls @fn with each, if there is one; returns the highest.
  */
 static double each_wire_rate(const struct timeline *t, const struct chart *c,
 			     void (*fn)(const struct chart *c, double begin, double end, double value))
 {
-	double max = 0, width_ns = (c->end - c->begin) / 200;
+	double max = 0, width_ns = (c->end - c->begin) / 200, idle_ns = (c->end - c->begin) / 25;
 	size_t from = 0, to;
 
 	while (from < t->count && (double)t->sample[from].at_ns < c->begin)
@@ -208,7 +209,7 @@ static double each_wire_rate(const struct timeline *t, const struct chart *c,
 		double begin = (double)t->sample[from].at_ns, end = (double)t->sample[to].at_ns;
 		double sent = (double)t->sample[to].transferred_bytes - (double)t->sample[from].transferred_bytes;
 
-		if (end - begin < width_ns)
+		if (end - begin < width_ns || (sent <= 0 && end - begin < idle_ns && to + 1 < t->count))
 			continue;
 		sent = fmax(sent, 0) / (end - begin) * 1e9;
 		max = fmax(max, sent);
