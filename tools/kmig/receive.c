@@ -11,6 +11,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -210,6 +211,9 @@ static void progress(const struct kmig_report *report, void *data)
 {
 	struct reception *r = data;
 
+	/* The guest runs. What is left to do, freeing gigabytes of mappings, must not hold it up. */
+	if (report->state == KMIG_STATE_CLEANUP)
+		setpriority(PRIO_PROCESS, 0, 19);
 	progress_update(&r->progress, report);
 }
 
