@@ -3,21 +3,32 @@
  * A few threads that work through a set of chunks, in ascending order and round again. A set
  * and no queue: a chunk that is added twice before its turn is worked on once, and the memory
  * it takes is bounded by the number of chunks, whatever the peer sends.
+ *
+ * A thread that has made itself nicer cannot take that back without privilege. So there is one
+ * for the time in which the guest runs, and others for when it stands and waits for them. They
+ * share a condition, so each change wakes them all.
  */
 #include "workers.h"
 
 #include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 
-static void *worker(void *data)
+#define BACKGROUND_NICE 10	/* a tenth of what a vCPU gets, where there is no idle processor */
+
+static void *worker_main(void *data)
 {
-	struct kmig_workers *workers = data;
+	struct kmig_worker *worker = data;
+	struct kmig_workers *workers = worker->workers;
 
+	/* Where that is not allowed it is as nice as all. */
+	if (worker->background)
+		setpriority(PRIO_PROCESS, gettid(), getpriority(PRIO_PROCESS, gettid()) + BACKGROUND_NICE);
 	pthread_mutex_lock(&workers->lock);
 	while (!workers->stop) {
 		uint64_t chunk;
 
-		if (!workers->waiting || workers->active >= workers->width) {
+		if (!workers->waiting || worker->background == workers->hurry) {
 			pthread_cond_wait(&workers->wake, &workers->lock);
 			continue;
 		}
@@ -45,8 +56,6 @@ static void *worker(void *data)
 		workers->active--;
 		if (!workers->waiting && !workers->active)
 			eventfd_write(workers->event_fd, 1);
-		else if (workers->waiting)
-			pthread_cond_signal(&workers->wake);
 	}
 	pthread_mutex_unlock(&workers->lock);
 	return NULL;
@@ -61,32 +70,38 @@ static unsigned int cpus(void)
 	return CPU_COUNT(&set);
 }
 
+static int start(struct kmig_workers *workers, unsigned int number)
+{
+	struct kmig_worker *worker = &workers->worker[number];
+
+	*worker = (struct kmig_worker){ .workers = workers, .background = !number };
+	return kmig_thread_start(&worker->thread, worker_main, worker);
+}
+
 int kmig_workers_start(struct kmig_workers *workers, uint64_t total, void (*work)(void *, uint64_t),
 		       void (*drained)(void *), void *data)
 {
-	unsigned int wanted = cpus() < KMIG_WORKERS_MAX ? 1 : KMIG_WORKERS_MAX;
+	unsigned int wanted = 1 + (cpus() < KMIG_WORKERS_MAX ? 1 : KMIG_WORKERS_MAX);
 
 	*workers = (struct kmig_workers){
 		.total = total,
 		.work = work,
 		.drained = drained,
 		.data = data,
-		.width = 1,
 	};
+	workers->set = calloc(kmig_words(total), sizeof(uint64_t));
+	if (!workers->set)
+		return -ENOMEM;
 	pthread_mutex_init(&workers->lock, NULL);
 	pthread_cond_init(&workers->wake, NULL);
-	workers->set = calloc(kmig_words(total), sizeof(uint64_t));
 	workers->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (workers->set && workers->event_fd >= 0)
-		while (workers->threads < wanted &&
-		       !kmig_thread_start(&workers->thread[workers->threads], worker, workers))
-			workers->threads++;
-	if (workers->threads)
-		return 0;
 	if (workers->event_fd >= 0)
-		close(workers->event_fd);
-	free(workers->set);
-	workers->set = NULL;
+		while (workers->threads < wanted && !start(workers, workers->threads))
+			workers->threads++;
+	/* One of each kind at least. */
+	if (workers->threads > 1)
+		return 0;
+	kmig_workers_stop(workers);
 	return -ENOMEM;
 }
 
@@ -99,8 +114,9 @@ void kmig_workers_stop(struct kmig_workers *workers)
 	pthread_cond_broadcast(&workers->wake);
 	pthread_mutex_unlock(&workers->lock);
 	for (unsigned int i = 0; i < workers->threads; i++)
-		pthread_join(workers->thread[i], NULL);
-	close(workers->event_fd);
+		pthread_join(workers->worker[i].thread, NULL);
+	if (workers->event_fd >= 0)
+		close(workers->event_fd);
 	free(workers->set);
 	workers->set = NULL;
 	pthread_cond_destroy(&workers->wake);
@@ -113,15 +129,15 @@ void kmig_workers_add(struct kmig_workers *workers, uint64_t chunk)
 	if (!kmig_bit(workers->set, chunk)) {
 		kmig_bit_set(workers->set, chunk);
 		workers->waiting++;
-		pthread_cond_signal(&workers->wake);
+		pthread_cond_broadcast(&workers->wake);
 	}
 	pthread_mutex_unlock(&workers->lock);
 }
 
-void kmig_workers_set_width(struct kmig_workers *workers, unsigned int width)
+void kmig_workers_hurry(struct kmig_workers *workers)
 {
 	pthread_mutex_lock(&workers->lock);
-	workers->width = width;
+	workers->hurry = true;
 	pthread_cond_broadcast(&workers->wake);
 	pthread_mutex_unlock(&workers->lock);
 }

@@ -10,9 +10,11 @@
 #include <fcntl.h>
 #include <math.h>
 #include <netdb.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <kmig.h>
@@ -21,6 +23,7 @@
 #include "../lib/net.h"
 #include "../lib/private.h"
 #include "../lib/wire.h"
+#include "../lib/workers.h"
 
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
@@ -862,6 +865,52 @@ TEST(little_waits_in_a_socket)
 	EXPECT_GE(few, 64 << 10);
 	EXPECT_LE(few, 128 << 10);
 	EXPECT_GT(whole, 2 * few);
+}
+
+static struct {
+	struct kmig_workers workers;
+	_Atomic unsigned int done[64];
+	_Atomic unsigned int nice, ordinary;	/* chunks done by threads that are nicer than we, and as nice */
+} labour;
+
+static void note_nice(void *data, uint64_t chunk)
+{
+	(void)data;
+	labour.done[chunk]++;
+	if (getpriority(PRIO_PROCESS, gettid()) > getpriority(PRIO_PROCESS, getpid()))
+		labour.nice++;
+	else
+		labour.ordinary++;
+}
+
+static bool all_done(void)
+{
+	struct pollfd event = { .fd = labour.workers.event_fd, .events = POLLIN };
+
+	while (kmig_workers_busy(&labour.workers))
+		if (poll(&event, 1, 10000) != 1)
+			return false;
+	return true;
+}
+
+/* While the guest runs it comes first; when it stands and waits, nobody does. */
+TEST(workers_are_nice_until_there_is_a_hurry)
+{
+	ASSERT_EQ(0, kmig_workers_start(&labour.workers, 64, note_nice, NULL, NULL));
+	for (uint64_t i = 0; i < 64; i++)
+		kmig_workers_add(&labour.workers, i);
+	ASSERT_TRUE(all_done());
+	EXPECT_EQ(64, (int)labour.nice);
+	EXPECT_EQ(0, (int)labour.ordinary);
+	kmig_workers_hurry(&labour.workers);
+	for (uint64_t i = 0; i < 64; i++)
+		kmig_workers_add(&labour.workers, i);
+	ASSERT_TRUE(all_done());
+	EXPECT_EQ(64, (int)labour.nice);
+	EXPECT_EQ(64, (int)labour.ordinary);
+	for (int i = 0; i < 64; i++)
+		EXPECT_EQ(2, (int)labour.done[i]);
+	kmig_workers_stop(&labour.workers);
 }
 
 TEST(bitmaps)
