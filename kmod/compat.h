@@ -7,9 +7,17 @@
 #define LMTRACK_COMPAT_H
 
 #include <linux/fs.h>
+#include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
 #include <linux/sched.h>
+
+/* "folio_batch: rename pagevec.h to folio_batch.h" */
+#ifdef LMTRACK_HAVE_FOLIO_BATCH_H
+#include <linux/folio_batch.h>
+#else
+#include <linux/pagevec.h>
+#endif
 
 #if BITS_PER_LONG != 64
 #error "lmtrack needs a 64-bit kernel: its bitmaps are arrays of 64-bit words on both sides"
@@ -41,6 +49,22 @@ static inline struct folio *lmtrack_get_folio(struct address_space *mapping, pgo
 
 	return IS_ERR_OR_NULL(folio) ? NULL : folio;
 }
+
+/* 6.18 made mm->flags a bitmap of its own: "mm: add bitmap mm->flags field". */
+#ifndef LMTRACK_HAVE_MM_FLAGS
+#define mm_flags_test(flag, mm)	test_bit(flag, &(mm)->flags)
+#endif
+
+/*
+ * 6.14 gives a thread its CPUs when it first runs, whatever was set before, unless it was told
+ * by this: "kthread: Default affine kthread to its preferred NUMA node".
+ */
+#ifndef LMTRACK_HAVE_KTHREAD_AFFINE
+static inline int kthread_affine_preferred(struct task_struct *task, const struct cpumask *cpus)
+{
+	return set_cpus_allowed_ptr(task, cpus);
+}
+#endif
 
 /*
  * The mapping helpers are built only for who selects CONFIG_MAPPING_DIRTY_HELPERS (vmwgfx

@@ -5,6 +5,8 @@
  * Lock order, outermost first:
  *
  *   stream->lock
+ *     stream->channels_lock		channels that are let go, or replaced
+ *       (rdma.c) channels_lock, rdma->lock, the connection manager's
  *     region->flip_lock		one change between idle and tracked at a time
  *       mmap_lock			of any process that maps the region
  *         region->mms_lock		the list of those processes
@@ -14,6 +16,7 @@
  *         i_pages lock, region->chunks lock
  *         stun->threads_lock		the accounts of threads
  *       stun->sleepers.lock		of the wait queue
+ *   stream->pace.lock			how much was sent; taken with nothing else held
  *
  * flip_lock may wait for a process's mmap_lock for as long as that process likes, so it is
  * only taken killably, or by a worker nobody waits for. harvest_lock is held for one chunk's
@@ -27,6 +30,7 @@
 #include <linux/list.h>
 #include <linux/mutex.h>
 #include <linux/spinlock.h>
+#include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <linux/xarray.h>
 #include <linux/lmtrack.h>
@@ -211,6 +215,8 @@ void lmtrack_sender_end(struct lmtrack_region *region);
 bool lmtrack_chunk_find(struct lmtrack_region *region, unsigned long *index, bool all);
 int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool all,
 		       bool holding, unsigned long *taken, struct folio **folios, u64 *held);
+bool lmtrack_chunk_return(struct lmtrack_region *region, const struct file *file,
+			  unsigned long index, const unsigned long *pages);
 
 /* ---- Pages held back (hold.c) ---- */
 
@@ -241,10 +247,15 @@ struct lmtrack_stream;
  * @number:	in the frames
  * @transport:	how it sends
  * @priv:	the transport's own
- * @task:	the thread
+ * @task:	the thread; NULL: the channel was dropped, and @priv is gone
+ * @busy:	it has not finished the round; under the stream's end_lock
+ * @error:	negative errno: it is lost; same
+ * @rank:	channels before it that were there when the round began
  * @seq:	frames sent; the thread's own
  * @round_done:	last round this channel has ended; the thread's own
  * @carrying:	one of the stream's that carry; the thread's own
+ * @window_pages: of the windows at the peer; 0: the transport has none
+ * @wanted:	the window that the thread waits for, see lmtrack_channel_want(); 0: none
  * @head:	frame header and extent table under construction
  * @folios:	pages of the chunk being sent
  * @bvec:	their bytes
@@ -256,9 +267,14 @@ struct lmtrack_channel {
 	const struct lmtrack_transport *transport;
 	void *priv;
 	struct task_struct *task;
+	bool busy;
+	int error;
+	u32 rank;
 	u64 seq;
 	u32 round_done;
 	bool carrying;
+	u32 window_pages;
+	u64 wanted;
 	void *head;
 	struct folio **folios;
 	struct bio_vec *bvec;
@@ -267,26 +283,65 @@ struct lmtrack_channel {
 
 /**
  * struct lmtrack_transport - what carries frames
- * @attach:	take the descriptor the caller gave; sets channel->priv, which is the same for
- *		the same connection
+ * @owner:	its module, if that is another than this; each channel holds it
+ * @attach:	take or make the connection that @how, the request, describes; sets channel->priv,
+ *		which is the same for the same connection
  * @send:	send @head, then the pages; returns when the connection took all, or an error
  *		after which the channel is of no more use. @more: another frame follows at once
  * @pending:	the connection has bytes that could not leave yet: the wire is busy with them
  * @shutdown:	make a @send that waits fail now, and every later one. Any context that may sleep
  * @detach:	release what attach took; no @send runs or will
+ * @window:	pages of a region, from the window's first on, go to @address at the peer. NULL:
+ *		the transport has no windows
  */
 struct lmtrack_transport {
-	int (*attach)(struct lmtrack_channel *channel, int fd);
+	struct module *owner;
+	int (*attach)(struct lmtrack_channel *channel, const void *how);
 	int (*send)(struct lmtrack_channel *channel, void *head, size_t head_bytes,
 		    struct bio_vec *bvec, unsigned int pages, bool more);
 	bool (*pending)(const struct lmtrack_channel *channel);
 	void (*shutdown)(struct lmtrack_channel *channel);
 	void (*detach)(struct lmtrack_channel *channel);
+	int (*window)(struct lmtrack_channel *channel, u32 region, u64 window, u64 address,
+		      u32 rkey);
 };
 
 extern const struct lmtrack_transport lmtrack_tcp;
 
 int lmtrack_channel_error(const struct lmtrack_channel *channel);
+void lmtrack_channel_want(struct lmtrack_channel *channel, u32 region, u64 window);
+void lmtrack_channel_got(struct lmtrack_channel *channel);
 long lmtrack_stream_create(struct file *file, void *arg);
+
+/* ---- How fast a stream sends (pace.c) ---- */
+
+/**
+ * struct lmtrack_pace - the cap of a stream
+ * @lock:	guards the next two
+ * @rate:	bytes per second of all channels together; 0: no cap
+ * @due:	when what was sent would have left at that rate, on the monotonic clock
+ * @sleepers:	channels that wait until then
+ */
+struct lmtrack_pace {
+	spinlock_t lock;		/* rate, due */
+	u64 rate;
+	s64 due;
+	wait_queue_head_t sleepers;
+};
+
+void lmtrack_pace_init(struct lmtrack_pace *pace);
+void lmtrack_pace_wake(struct lmtrack_pace *pace);
+void lmtrack_pace_set(struct lmtrack_pace *pace, u64 rate);
+unsigned int lmtrack_pace_pages(const struct lmtrack_pace *pace);
+bool lmtrack_pace_busy(const struct lmtrack_pace *pace);
+int lmtrack_pace_pay(struct lmtrack_pace *pace, const struct lmtrack_channel *channel,
+		     unsigned int pages, size_t bytes);
+
+/* ---- Transports in modules of their own (transport.c) ---- */
+
+void lmtrack_transport_register(const struct lmtrack_transport *transport);
+void lmtrack_transport_unregister(const struct lmtrack_transport *transport);
+const struct lmtrack_transport *lmtrack_transport_get_rdma(void);
+void lmtrack_transport_put(const struct lmtrack_transport *transport);
 
 #endif /* LMTRACK_H */

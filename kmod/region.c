@@ -76,10 +76,12 @@ struct lmtrack_chunk *lmtrack_chunk_get(struct lmtrack_region *region, unsigned 
 static struct folio *region_alloc_folio(struct lmtrack_region *region, struct vm_fault *vmf)
 {
 	gfp_t gfp = mapping_gfp_mask(region->inode->i_mapping) | __GFP_ZERO;
+	struct page *page;
 
-	if (region->node == NUMA_NO_NODE)
-		return vma_alloc_folio(gfp, 0, vmf->vma, vmf->address, false);
-	return __folio_alloc_node(gfp, 0, region->node);
+	if (region->node != NUMA_NO_NODE)
+		return __folio_alloc_node(gfp, 0, region->node);
+	page = alloc_page_vma(gfp, vmf->vma, vmf->address);
+	return page ? page_folio(page) : NULL;
 }
 
 /* Make the page, return it locked and referenced, or -EEXIST if another thread was first. */

@@ -2,26 +2,40 @@
 /*
  * lmtrack: streams, the senders.
  *
- * A stream has regions and channels, both added before its first round and fixed from then
- * on. A round visits each chunk once: the chunk is harvested, and what was dirty in it goes
- * out over the one channel the chunk belongs to, so a newer copy of a page is always behind
- * an older one. Each channel has a thread; they work on a round independently, and the
+ * A stream has regions and channels, both added before its first round. A round visits each
+ * chunk once: the chunk is harvested, and what was dirty in it goes out over the channel that came
+ * for it first. So each channel carries as much as it can, however different their links are. A
+ * newer copy of a page is never ahead of an older one, since user space begins a round when the
+ * peer has stored the last. Each channel has a thread; they work on a round independently, and the
  * last to finish ends it.
+ *
+ * A channel whose connection breaks is lost: it is done with the round, and the others go on. It
+ * is for user space to drop it, having heard of it by poll(), and to replace it. What a channel
+ * has sent in the last round is noted per chunk (struct lmtrack_flight), and is dirty again when
+ * the channel is dropped.
+ *
+ * User space may have fewer channels carry than there are (WIDTH), and find out by that how many
+ * it takes. The others wait until there is nothing left to come for, or until one is lost: then
+ * another carries in its place, or nobody might carry the rest of the round.
  *
  * Time: a thread of a channel scans (looks for chunks, harvests them, looks for zeroes) or
  * sends. The wire is busy while a channel sends, and after that for as long as the connection
  * has bytes that could not leave: what is scanned meanwhile costs the round nothing. Channels
  * that keep it busy are counted; the round's wire time is the time during which there was
  * one, so it is right for any number of them. The clock is read twice for each chunk sent, and
- * once more when a connection was found to have run dry.
+ * once more when a connection was found to have run dry. Under a cap (pace.c) the wire is as fast
+ * as that: a channel that waits for it sends, and what was sent keeps the wire busy for as long as
+ * it would take at the cap.
  *
- * Locks: stream->lock for set-up and for beginning a round. stream->end_lock (spin) for the
- * results of a round, who carries, and its end. Neither is held while anything is sent. The
- * threads read the arrays of regions and channels without a lock; a round is published with a
- * release store of stream->round after everything it needs.
+ * Locks: stream->lock for set-up, for beginning a round and for dropping a channel.
+ * stream->channels_lock for shutting all channels down, against one that is let go or replaced.
+ * stream->end_lock (spin) for the results of a round, who keeps the wire busy, who is lost, who
+ * waits for a window, and its end. None is held while anything is sent. The threads read what they
+ * need of the stream without a lock; a round is published with a release store of stream->round
+ * after everything it needs.
  *
- * A failure of one channel, CANCEL and closing the stream are one thing: the stream's error
- * is set once, then every channel is shut down, which wakes the threads that wait in it.
+ * A failure that is not a connection's, CANCEL and closing the stream are one thing: the stream's
+ * error is set once, then every channel is shut down, which wakes the threads that wait in it.
  *
  * Lifetimes: the stream's file owns everything: the threads, references to the regions' files
  * and what the transports hold. release() stops the threads before it frees anything.
@@ -44,6 +58,7 @@
 #include <linux/uaccess.h>
 #include <linux/wait.h>
 
+#include "compat.h"
 #include "lmtrack.h"
 #include "trace.h"
 
@@ -57,28 +72,54 @@ static_assert(sizeof(struct lmtrack_wire_extent) == 16);
 static_assert(LMTRACK_FRAME_EXTENTS <= LMTRACK_WIRE_EXTENTS_MAX);
 
 /**
+ * struct lmtrack_flight - what a round has sent of a chunk, and may be lost on the way
+ * @round:	the round; what an earlier one has sent has arrived
+ * @channel:	over which it went
+ * @pages:	of the chunk
+ *
+ * Made when the chunk is first sent, lives as long as the stream. Written by the thread that came
+ * for the chunk in the round, read by who drops a channel when that channel's thread has ended.
+ * Other threads may be writing theirs: @round is written last, so that it does not stand beside
+ * the channel of an earlier one.
+ */
+struct lmtrack_flight {
+	u32 round;
+	u32 channel;
+	unsigned long pages[BITS_TO_LONGS(LMTRACK_CHUNK_PAGES)];
+};
+
+/**
  * struct lmtrack_stream - a sender
- * @lock:	set-up and the beginning of rounds
+ * @lock:	set-up, the beginning of rounds, the end of channels
  * @id:		in the frames
  * @zero_detect: look for pages of zeroes
  * @regions:	by index in the frames; a file reference each
  * @region_count: of them
+ * @flights:	struct lmtrack_flight by region and chunk
+ * @channels_lock: see above
  * @channels:	by number
  * @channel_count: of them
  * @what:	of the round
  * @holding:	the round leaves out held pages
  * @round:	being sent, or the last that was; 0 before the first
+ * @width:	so many channels are to carry
+ * @next:	the first chunk that no channel has come for, see stream_next()
  * @begin:	when the round began
- * @work:	channels wait here for a round
+ * @work:	channels wait here for a round, and in it until they are to carry
  * @running:	channels that have not finished the round
  * @end_lock:	guards what follows
  * @carrying:	channels that keep the wire busy
  * @carrying_since: when the first of them began
  * @sending:	a round is under way
+ * @wanting:	channels that wait for a window
+ * @lost:	bit for each channel that is lost and was not dropped
+ * @alive:	channels that are not lost
+ * @gone:	those that were lost in the round; so many more are to carry
  * @error:	negative errno; the stream has failed for good
  * @error_channel: where, or -1
  * @result:	of the round
  * @end:	poll() and WAIT wait here for the end of the round
+ * @pace:	how fast they may send
  */
 struct lmtrack_stream {
 	struct mutex lock;		/* set-up, beginning of rounds */
@@ -86,24 +127,34 @@ struct lmtrack_stream {
 	bool zero_detect;
 	struct file *regions[LMTRACK_REGIONS_MAX];
 	unsigned int region_count;
+	struct xarray flights[LMTRACK_REGIONS_MAX];
+	struct mutex channels_lock;	/* channels that are let go, or replaced */
 	struct lmtrack_channel *channels[LMTRACK_CHANNELS_MAX];
 	unsigned int channel_count;
 
+	DECLARE_BITMAP(wanting, LMTRACK_CHANNELS_MAX);
 	u32 what;
 	bool holding;
 	u32 round;
+	unsigned int width;
+	atomic64_t next;
 	ktime_t begin;
 	wait_queue_head_t work;
 	atomic_t running;
 
-	spinlock_t end_lock;		/* results, wire and end of a round */
+	spinlock_t end_lock;		/* results, wire, losses, windows and end of a round */
 	unsigned int carrying;
 	ktime_t carrying_since;
 	bool sending;
+	u64 lost;
+	unsigned int alive;
+	unsigned int gone;
 	int error;
 	int error_channel;
 	struct lmtrack_stream_wait result;
 	wait_queue_head_t end;
+
+	struct lmtrack_pace pace;
 };
 
 /* What one channel has done in one round. */
@@ -114,6 +165,7 @@ struct round_count {
 	u64 bytes;
 	u64 held;
 	u64 send_ns;
+	u64 idle_ns;		/* it was not to carry */
 };
 
 static struct lmtrack_region *stream_region(struct lmtrack_stream *stream, unsigned int index)
@@ -121,11 +173,78 @@ static struct lmtrack_region *stream_region(struct lmtrack_stream *stream, unsig
 	return stream->regions[index] ? lmtrack_region_of(stream->regions[index]) : NULL;
 }
 
-/* For transports that wait: 0, or the error that has ended the stream. */
+/* For transports that wait: 0, or the error that has ended the channel or the stream. */
 int lmtrack_channel_error(const struct lmtrack_channel *channel)
 {
-	return READ_ONCE(channel->stream->error);
+	return READ_ONCE(channel->stream->error) ?: READ_ONCE(channel->error);
 }
+EXPORT_SYMBOL_GPL(lmtrack_channel_error);
+
+/* Nobody is slowed down for a migration that has ended, or that nothing leaves any more. */
+static void stream_release_stun(struct lmtrack_stream *stream)
+{
+	unsigned int i;
+
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
+		if (stream->regions[i])
+			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
+}
+
+/*
+ * The channel's connection is of no more use: it ends, the others go on. By the channel's thread,
+ * or under stream->lock.
+ */
+static void channel_lose(struct lmtrack_channel *channel, int error)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	bool last = false;
+
+	spin_lock(&stream->end_lock);
+	/* Of a stream that has failed they are all shut down, and none is lost. */
+	if (!channel->error && !stream->error) {
+		WRITE_ONCE(channel->error, error);
+		WRITE_ONCE(stream->lost, stream->lost | BIT_ULL(channel->number));
+		last = !--stream->alive;
+		WRITE_ONCE(stream->gone, stream->gone + 1);
+	}
+	spin_unlock(&stream->end_lock);
+	lmtrack_pace_wake(&stream->pace);
+	channel->transport->shutdown(channel);
+	if (last)
+		stream_release_stun(stream);
+	wake_up_all(&stream->end);
+	wake_up_all(&stream->work);
+}
+
+/* Never 0, as that is no window. */
+#define WANTED(region, window)	(((u64)(region) << 40 | (window)) + 1)
+#define WANTED_REGION(wanted)	((u32)(((wanted) - 1) >> 40))
+#define WANTED_WINDOW(wanted)	(((wanted) - 1) & GENMASK_ULL(39, 0))
+
+/* For transports with windows: the thread will wait for this one; poll() tells. */
+void lmtrack_channel_want(struct lmtrack_channel *channel, u32 region, u64 window)
+{
+	struct lmtrack_stream *stream = channel->stream;
+
+	spin_lock(&stream->end_lock);
+	WRITE_ONCE(channel->wanted, WANTED(region, window));
+	__set_bit(channel->number, stream->wanting);
+	spin_unlock(&stream->end_lock);
+	wake_up_all(&stream->end);
+}
+EXPORT_SYMBOL_GPL(lmtrack_channel_want);
+
+/* It waits no more. */
+void lmtrack_channel_got(struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+
+	spin_lock(&stream->end_lock);
+	WRITE_ONCE(channel->wanted, 0);
+	__clear_bit(channel->number, stream->wanting);
+	spin_unlock(&stream->end_lock);
+}
+EXPORT_SYMBOL_GPL(lmtrack_channel_got);
 
 /* The first failure counts; it ends all channels, and so the round. */
 static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
@@ -142,13 +261,15 @@ static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
 	spin_unlock(&stream->end_lock);
 	if (!first)
 		return;
+	lmtrack_pace_wake(&stream->pace);
+	mutex_lock(&stream->channels_lock);
 	for (i = 0; i < stream->channel_count; i++)
-		stream->channels[i]->transport->shutdown(stream->channels[i]);
-	/* Nobody is slowed down for a migration that has ended. */
-	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
-		if (stream->regions[i])
-			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
+		if (stream->channels[i]->task)
+			stream->channels[i]->transport->shutdown(stream->channels[i]);
+	mutex_unlock(&stream->channels_lock);
+	stream_release_stun(stream);
 	wake_up_all(&stream->end);
+	wake_up_all(&stream->work);
 }
 
 /* ---- Time ---- */
@@ -184,10 +305,16 @@ static ktime_t channel_rest(struct lmtrack_channel *channel)
 	return now;
 }
 
+/* Is the wire busy with what it has sent? */
+static bool channel_pending(const struct lmtrack_channel *channel)
+{
+	return channel->transport->pending(channel) || lmtrack_pace_busy(&channel->stream->pace);
+}
+
 /* What it began to send at @begin was taken by the connection. */
 static void channel_sent(struct lmtrack_channel *channel, ktime_t begin, struct round_count *count)
 {
-	ktime_t now = channel->transport->pending(channel) ? ktime_get() : channel_rest(channel);
+	ktime_t now = channel_pending(channel) ? ktime_get() : channel_rest(channel);
 	u64 took = ktime_to_ns(ktime_sub(now, begin));
 
 	count->send_ns += took;
@@ -212,10 +339,16 @@ static int send_frame(struct lmtrack_channel *channel, struct lmtrack_wire_frame
 	frame->seq = cpu_to_le64(channel->seq);
 	frame->crc = cpu_to_le32(~crc32c(~0, frame, bytes));
 
-	ret = channel->transport->send(channel, frame, bytes, channel->bvec, pages,
-				       frame->type != LMTRACK_FRAME_ROUND_END);
+	ret = lmtrack_pace_pay(&channel->stream->pace, channel, pages,
+			       bytes + ((size_t)pages << PAGE_SHIFT));
 	if (ret)
 		return ret;
+	ret = channel->transport->send(channel, frame, bytes, channel->bvec, pages,
+				       frame->type != LMTRACK_FRAME_ROUND_END);
+	if (ret) {
+		channel_lose(channel, ret);
+		return ret;
+	}
 	channel->seq++;
 	channel->stats.frames++;
 	count->bytes += bytes + ((u64)pages << PAGE_SHIFT);
@@ -233,44 +366,69 @@ static struct lmtrack_wire_frame *frame_begin(struct lmtrack_channel *channel, u
 	return frame;
 }
 
-/* One frame with these pages of a chunk, as data or as zeroes. */
+/* The table of @frame: of the pages from *@next on so many at most. Returns its entries. */
+static unsigned int frame_fill(struct lmtrack_channel *channel, struct lmtrack_wire_frame *frame,
+			       unsigned long chunk, const unsigned long *bits,
+			       unsigned int *next, unsigned int most, unsigned int *pages)
+{
+	struct lmtrack_wire_extent *extent = (struct lmtrack_wire_extent *)(frame + 1);
+	unsigned int from, to, bit, extents = 0;
+
+	*pages = 0;
+	for (from = find_next_bit(bits, LMTRACK_CHUNK_PAGES, *next);
+	     from < LMTRACK_CHUNK_PAGES && *pages < most;
+	     from = find_next_bit(bits, LMTRACK_CHUNK_PAGES, to)) {
+		to = find_next_zero_bit(bits, LMTRACK_CHUNK_PAGES, from);
+		to = min(to, from + most - *pages);
+		extent[extents].first = cpu_to_le64((u64)chunk * LMTRACK_CHUNK_PAGES + from);
+		extent[extents].pages = cpu_to_le32(to - from);
+		extent[extents].reserved = 0;
+		extents++;
+		for (bit = from; bit < to; bit++, ++*pages) {
+			if (frame->type != LMTRACK_FRAME_DATA)
+				continue;
+			channel->bvec[*pages].bv_page = folio_page(channel->folios[bit], 0);
+			channel->bvec[*pages].bv_offset = 0;
+			channel->bvec[*pages].bv_len = PAGE_SIZE;
+		}
+	}
+	*next = from;
+	return extents;
+}
+
+/* These pages of a chunk, as data or as zeroes: in one frame, unless a cap wants smaller ones. */
 static int send_extents(struct lmtrack_channel *channel, u8 type, u32 region,
 			unsigned long chunk, const unsigned long *bits,
 			struct round_count *count)
 {
-	struct lmtrack_wire_frame *frame = frame_begin(channel, type, region);
-	struct lmtrack_wire_extent *extent = (struct lmtrack_wire_extent *)(frame + 1);
-	unsigned int from, to, bit, extents = 0, payload = 0, pages = 0;
+	bool data = type == LMTRACK_FRAME_DATA;
+	struct lmtrack_wire_frame *frame;
+	unsigned int next = find_first_bit(bits, LMTRACK_CHUNK_PAGES);
+	unsigned int most = LMTRACK_CHUNK_PAGES, extents, pages, first;
 	int ret;
 
-	for_each_set_bitrange(from, to, bits, LMTRACK_CHUNK_PAGES) {
-		extent->first = cpu_to_le64((u64)chunk * LMTRACK_CHUNK_PAGES + from);
-		extent->pages = cpu_to_le32(to - from);
-		extent->reserved = 0;
-		extent++;
-		extents++;
-		pages += to - from;
-		if (type != LMTRACK_FRAME_DATA)
+	while (next < LMTRACK_CHUNK_PAGES) {
+		first = next;
+		frame = frame_begin(channel, type, region);
+		if (data)
+			most = lmtrack_pace_pages(&channel->stream->pace);
+		extents = frame_fill(channel, frame, chunk, bits, &next, most, &pages);
+		ret = send_frame(channel, frame, extents, data ? pages : 0, count);
+		if (ret == -EAGAIN) {
+			next = first;
 			continue;
-		for (bit = from; bit < to; bit++, payload++) {
-			channel->bvec[payload].bv_page = folio_page(channel->folios[bit], 0);
-			channel->bvec[payload].bv_offset = 0;
-			channel->bvec[payload].bv_len = PAGE_SIZE;
 		}
-	}
-	if (!pages)
-		return 0;
-	ret = send_frame(channel, frame, extents, payload, count);
-	if (ret)
-		return ret;
-	count->pages += pages;
-	if (type == LMTRACK_FRAME_DATA) {
-		count->data += pages;
-		channel->stats.data_pages += pages;
-	} else {
-		count->zero += pages;
-		channel->stats.zero_pages += pages;
-		channel->stats.zero_extents += extents;
+		if (ret)
+			return ret;
+		count->pages += pages;
+		if (data) {
+			count->data += pages;
+			channel->stats.data_pages += pages;
+		} else {
+			count->zero += pages;
+			channel->stats.zero_pages += pages;
+			channel->stats.zero_extents += extents;
+		}
 	}
 	return 0;
 }
@@ -331,46 +489,142 @@ static int send_round_end(struct lmtrack_channel *channel, struct round_count *c
 
 /* ---- Rounds ---- */
 
-/* The chunks of one region that belong to this channel. */
-static int channel_send_region(struct lmtrack_channel *channel, u32 number,
-			       struct lmtrack_region *region, struct round_count *count)
+/* What is taken of the chunk, and so no longer dirty, is noted in what this returns. */
+static struct lmtrack_flight *stream_flight(struct lmtrack_stream *stream, u32 region,
+					    unsigned long chunk)
+{
+	struct lmtrack_flight *flight = xa_load(&stream->flights[region], chunk);
+
+	if (flight)
+		return flight;
+	flight = kzalloc(sizeof(*flight), GFP_KERNEL_ACCOUNT);
+	if (flight && xa_err(xa_store(&stream->flights[region], chunk, flight,
+				      GFP_KERNEL_ACCOUNT))) {
+		kfree(flight);
+		flight = NULL;
+	}
+	return flight;
+}
+
+/* What the channel has sent in the last round is dirty again. Its thread has ended. */
+static u64 channel_return(struct lmtrack_channel *channel)
 {
 	struct lmtrack_stream *stream = channel->stream;
-	bool all = stream->what == LMTRACK_SEND_ALL;
-	DECLARE_BITMAP(taken, LMTRACK_CHUNK_PAGES);
-	unsigned long index;
-	unsigned int bit;
-	int ret = 0;
+	struct lmtrack_flight *flight;
+	unsigned long chunk;
+	unsigned int i;
+	u64 pages = 0;
 
-	for (index = 0; !ret && lmtrack_chunk_find(region, &index, all); index++) {
-		cond_resched();
-		if ((index + number) % stream->channel_count != channel->number)
-			continue;
-		ret = READ_ONCE(stream->error);
-		if (ret)
-			break;
-		if (channel->carrying && !channel->transport->pending(channel))
-			channel_rest(channel);
-		if (!lmtrack_chunk_take(region, index, all, stream->holding, taken,
-					channel->folios, &count->held))
-			continue;
-		ret = send_chunk(channel, number, index, taken, count);
-		for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES)
-			if (channel->folios[bit])
-				folio_put(channel->folios[bit]);
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++) {
+		xa_for_each(&stream->flights[i], chunk, flight) {
+			cond_resched();
+			/* Pairs with the release in channel_send_from(). */
+			if (smp_load_acquire(&flight->round) == stream->round &&
+			    READ_ONCE(flight->channel) == channel->number &&
+			    lmtrack_chunk_return(stream_region(stream, i), stream->regions[i],
+						 chunk, flight->pages))
+				pages += bitmap_weight(flight->pages, LMTRACK_CHUNK_PAGES);
+		}
 	}
+	return pages;
+}
+
+#define NEXT_REGION(next)	((u32)((u64)(next) >> 40))
+#define NEXT_CHUNK(next)	((u64)(next) & GENMASK_ULL(39, 0))
+#define NEXT(region, chunk)	((s64)((u64)(region) << 40 | (chunk)))
+
+/*
+ * The next chunk of the round, which is the caller's then; false: there is none left. Who finds
+ * that another was faster looks on from there: a search is not made twice for nothing but where
+ * two find the same chunk.
+ */
+static bool stream_next(struct lmtrack_stream *stream, u32 *region, unsigned long *chunk)
+{
+	bool all = stream->what == LMTRACK_SEND_ALL;
+	s64 next = atomic64_read(&stream->next);
+
+	do {
+		*region = NEXT_REGION(next);
+		*chunk = NEXT_CHUNK(next);
+		while (*region < LMTRACK_REGIONS_MAX &&
+		       !(stream->regions[*region] &&
+			 lmtrack_chunk_find(stream_region(stream, *region), chunk, all))) {
+			++*region;
+			*chunk = 0;
+		}
+		if (*region == LMTRACK_REGIONS_MAX) {
+			atomic64_set(&stream->next, NEXT(LMTRACK_REGIONS_MAX, 0));
+			wake_up_all(&stream->work);
+			return false;
+		}
+	} while (!atomic64_try_cmpxchg(&stream->next, &next, NEXT(*region, *chunk + 1)));
+	return true;
+}
+
+static bool channel_carries(const struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+
+	return channel->rank < READ_ONCE(stream->width) + READ_ONCE(stream->gone);
+}
+
+/* Until the channel is to carry, or there is nothing left; or the error that has ended it. */
+static int channel_wait_part(struct lmtrack_channel *channel, struct round_count *count)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	ktime_t begin;
+
+	if (!channel_carries(channel)) {
+		begin = channel_rest(channel);
+		wait_event_idle(stream->work,
+				channel_carries(channel) || lmtrack_channel_error(channel) ||
+				NEXT_REGION(atomic64_read(&stream->next)) == LMTRACK_REGIONS_MAX);
+		count->idle_ns += ktime_to_ns(ktime_sub(ktime_get(), begin));
+	}
+	return lmtrack_channel_error(channel);
+}
+
+/* Harvest the chunk, and send what was dirty in it. */
+static int channel_send_from(struct lmtrack_channel *channel, u32 number, unsigned long index,
+			     struct round_count *count)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	struct lmtrack_region *region = stream_region(stream, number);
+	struct lmtrack_flight *flight = stream_flight(stream, number, index);
+	DECLARE_BITMAP(taken, LMTRACK_CHUNK_PAGES);
+	unsigned int bit;
+	int ret;
+
+	if (!flight)
+		return -ENOMEM;
+	if (channel->carrying && !channel_pending(channel))
+		channel_rest(channel);
+	if (!lmtrack_chunk_take(region, index, stream->what == LMTRACK_SEND_ALL, stream->holding,
+				taken, channel->folios, &count->held))
+		return 0;
+	bitmap_copy(flight->pages, taken, LMTRACK_CHUNK_PAGES);
+	WRITE_ONCE(flight->channel, channel->number);
+	/* Last: see struct lmtrack_flight. Pairs with the acquire in channel_return(). */
+	smp_store_release(&flight->round, stream->round);
+	ret = send_chunk(channel, number, index, taken, count);
+	for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES)
+		if (channel->folios[bit])
+			folio_put(channel->folios[bit]);
 	return ret;
 }
 
 static int channel_send_round(struct lmtrack_channel *channel, struct round_count *count)
 {
-	struct lmtrack_stream *stream = channel->stream;
-	unsigned int i;
-	int ret = READ_ONCE(stream->error);
+	int ret = channel_wait_part(channel, count);
+	unsigned long chunk;
+	u32 region;
 
-	for (i = 0; !ret && i < LMTRACK_REGIONS_MAX; i++)
-		if (stream->regions[i])
-			ret = channel_send_region(channel, i, stream_region(stream, i), count);
+	while (!ret && stream_next(channel->stream, &region, &chunk)) {
+		cond_resched();
+		ret = channel_send_from(channel, region, chunk, count);
+		if (!ret)
+			ret = channel_wait_part(channel, count);
+	}
 	return ret ?: send_round_end(channel, count);
 }
 
@@ -404,19 +658,22 @@ static void channel_work(struct lmtrack_channel *channel)
 	int ret;
 
 	ret = channel_send_round(channel, &count);
-	if (ret)
+	if (ret && !READ_ONCE(channel->error))
 		stream_fail(stream, channel->number, ret);
 	/* What its connection still has will be gone when the peer says that it has all. */
 	took = ktime_to_ns(ktime_sub(channel_rest(channel), begin));
 	spin_lock(&stream->end_lock);
-	result->harvest_ns += took - count.send_ns;
+	result->harvest_ns += took - count.send_ns - count.idle_ns;
 	result->send_ns += count.send_ns;
 	result->pages += count.pages;
 	result->data_pages += count.data;
 	result->zero_pages += count.zero;
 	result->bytes += count.bytes;
 	result->held_pages += count.held;
+	WRITE_ONCE(channel->busy, false);
 	spin_unlock(&stream->end_lock);
+	/* Who drops it waits for that, and then for the thread. */
+	wake_up_all(&stream->end);
 	if (atomic_dec_and_test(&stream->running))
 		stream_round_end(stream);
 }
@@ -483,6 +740,13 @@ err_put:
 	return ret;
 }
 
+/* Its thread has ended. */
+static void channel_detach(struct lmtrack_channel *channel)
+{
+	channel->transport->detach(channel);
+	lmtrack_transport_put(channel->transport);
+}
+
 static void channel_free(struct lmtrack_channel *channel)
 {
 	kvfree(channel->bvec);
@@ -511,18 +775,17 @@ static struct lmtrack_channel *channel_alloc(struct lmtrack_stream *stream)
 }
 
 /* The caller's CPUs; false in *@given if the caller has no wish. */
-static int channel_cpus(const struct lmtrack_stream_add_channel *add, struct cpumask *cpus,
-			bool *given)
+static int channel_cpus(u64 user_mask, u32 user_bytes, struct cpumask *cpus, bool *given)
 {
-	size_t bytes = min_t(size_t, add->cpumask_bytes, cpumask_size());
+	size_t bytes = min_t(size_t, user_bytes, cpumask_size());
 
-	*given = add->cpumask;
-	if (!add->cpumask != !add->cpumask_bytes)
+	*given = user_mask;
+	if (!user_mask != !user_bytes)
 		return -EINVAL;
 	if (!*given)
 		return 0;
 	cpumask_clear(cpus);
-	if (copy_from_user(cpus, u64_to_user_ptr(add->cpumask), bytes))
+	if (copy_from_user(cpus, u64_to_user_ptr(user_mask), bytes))
 		return -EFAULT;
 	return cpumask_intersects(cpus, cpu_online_mask) ? 0 : -EINVAL;
 }
@@ -550,44 +813,68 @@ static int channel_start(struct lmtrack_channel *channel, const struct cpumask *
 	if (IS_ERR(task))
 		return PTR_ERR(task);
 	if (cpus)
-		set_cpus_allowed_ptr(task, cpus);
+		kthread_affine_preferred(task, cpus);
 	channel->task = task;
 	wake_up_process(task);
 	return 0;
 }
 
 static int stream_check_channel(struct lmtrack_stream *stream,
-				const struct lmtrack_channel *channel)
+				const struct lmtrack_channel *channel, bool replace)
 {
 	unsigned int i;
 
-	if (stream->round)
+	if (replace ? READ_ONCE(stream->sending) : stream->round)
 		return -EBUSY;
 	if (stream->error)
 		return -EPIPE;
-	if (stream->channel_count == LMTRACK_CHANNELS_MAX)
+	if (replace && channel->number >= stream->channel_count)
+		return -EINVAL;
+	if (replace && stream->channels[channel->number]->task)
+		return -EEXIST;
+	if (!replace && stream->channel_count == LMTRACK_CHANNELS_MAX)
 		return -ENOSPC;
 	for (i = 0; i < stream->channel_count; i++)
-		if (stream->channels[i]->transport == channel->transport &&
+		if (stream->channels[i]->task &&
+		    stream->channels[i]->transport == channel->transport &&
 		    stream->channels[i]->priv == channel->priv)
 			return -EEXIST;
 	return 0;
 }
 
-static long stream_add_channel(struct file *file, void *arg)
+/* Its thread runs: it takes its place, which is that of a dropped one if there is one. */
+static void stream_put_channel(struct lmtrack_stream *stream, struct lmtrack_channel *channel)
 {
-	struct lmtrack_stream *stream = file->private_data;
-	struct lmtrack_stream_add_channel *add = arg;
+	struct lmtrack_channel *before;
+
+	mutex_lock(&stream->channels_lock);
+	before = stream->channels[channel->number];
+	spin_lock(&stream->end_lock);
+	stream->channels[channel->number] = channel;
+	stream->alive++;
+	spin_unlock(&stream->end_lock);
+	mutex_unlock(&stream->channels_lock);
+	if (before)
+		channel_free(before);
+	else
+		stream->channel_count++;
+}
+
+/* A channel over the connection that @how, the request, describes; *number: its number. */
+static long stream_add(struct lmtrack_stream *stream, const struct lmtrack_transport *transport,
+		       const void *how, u32 window_pages, u64 cpumask, u32 cpumask_bytes,
+		       bool replace, u32 *number)
+{
 	struct lmtrack_channel *channel;
 	cpumask_var_t cpus;
 	bool given;
 	long ret;
 
-	if (add->reserved)
+	if (replace && *number >= LMTRACK_CHANNELS_MAX)
 		return -EINVAL;
 	if (!alloc_cpumask_var(&cpus, GFP_KERNEL))
 		return -ENOMEM;
-	ret = channel_cpus(add, cpus, &given);
+	ret = channel_cpus(cpumask, cpumask_bytes, cpus, &given);
 	if (ret)
 		goto out_mask;
 	channel = channel_alloc(stream);
@@ -595,32 +882,194 @@ static long stream_add_channel(struct file *file, void *arg)
 		ret = -ENOMEM;
 		goto out_mask;
 	}
-	channel->transport = &lmtrack_tcp;
-	ret = channel->transport->attach(channel, add->fd);
+	channel->transport = transport;
+	channel->window_pages = window_pages;
+	ret = transport->attach(channel, how);
 	if (ret)
 		goto err_free;
 	if (mutex_lock_killable(&stream->lock)) {
 		ret = -EINTR;
 		goto err_detach;
 	}
-	ret = stream_check_channel(stream, channel);
-	if (!ret) {
-		channel->number = stream->channel_count;
+	channel->number = replace ? array_index_nospec(*number, LMTRACK_CHANNELS_MAX) :
+				    stream->channel_count;
+	channel->round_done = stream->round;
+	ret = stream_check_channel(stream, channel, replace);
+	if (!ret)
 		ret = channel_start(channel, given ? cpus : NULL);
-	}
 	if (!ret) {
-		stream->channels[stream->channel_count++] = channel;
-		add->channel = channel->number;
+		if (replace)
+			channel->stats = stream->channels[channel->number]->stats;
+		stream_put_channel(stream, channel);
+		*number = channel->number;
 	}
 	mutex_unlock(&stream->lock);
 	if (!ret)
 		goto out_mask;
 err_detach:
-	channel->transport->detach(channel);
+	transport->detach(channel);
 err_free:
 	channel_free(channel);
 out_mask:
 	free_cpumask_var(cpus);
+	return ret;
+}
+
+static long stream_drop_channel(struct file *file, void *arg)
+{
+	struct lmtrack_stream *stream = file->private_data;
+	struct lmtrack_stream_drop_channel *drop = arg;
+	struct lmtrack_channel *channel;
+	long ret = 0;
+
+	if (mutex_lock_killable(&stream->lock))
+		return -EINTR;
+	if (drop->channel >= stream->channel_count) {
+		ret = -EINVAL;
+		goto out;
+	}
+	channel = stream->channels[array_index_nospec(drop->channel, stream->channel_count)];
+	if (stream->error)
+		ret = -EPIPE;
+	else if (!channel->task)
+		ret = -EALREADY;
+	if (ret)
+		goto out;
+	channel_lose(channel, -ECANCELED);
+	if (wait_event_killable(stream->end, !READ_ONCE(channel->busy))) {
+		ret = -EINTR;
+		goto out;
+	}
+	kthread_stop(channel->task);
+	mutex_lock(&stream->channels_lock);
+	channel->task = NULL;
+	channel_detach(channel);
+	mutex_unlock(&stream->channels_lock);
+	drop->error = -channel->error;
+	drop->pages = channel_return(channel);
+	/* Not before: until then a round could begin, and forget what the last has sent. */
+	spin_lock(&stream->end_lock);
+	WRITE_ONCE(stream->lost, stream->lost & ~BIT_ULL(channel->number));
+	spin_unlock(&stream->end_lock);
+out:
+	mutex_unlock(&stream->lock);
+	return ret;
+}
+
+static long stream_add_channel(struct file *file, void *arg)
+{
+	struct lmtrack_stream_add_channel *add = arg;
+
+	if (add->reserved)
+		return -EINVAL;
+	return stream_add(file->private_data, &lmtrack_tcp, add, 0, add->cpumask,
+			  add->cpumask_bytes, add->flags & LMTRACK_CHANNEL_REPLACE,
+			  &add->channel);
+}
+
+static long stream_add_rdma(struct file *file, void *arg)
+{
+	struct lmtrack_stream_add_rdma *add = arg;
+	const struct lmtrack_transport *transport;
+	long ret;
+
+	if (add->reserved || add->token_bytes > sizeof(add->token) || !add->timeout_ms ||
+	    add->timeout_ms > LMTRACK_RDMA_TIMEOUT_MAX_MS || !add->window_pages ||
+	    add->window_pages % LMTRACK_CHUNK_PAGES)
+		return -EINVAL;
+	transport = lmtrack_transport_get_rdma();
+	if (!transport)
+		return -EPROTONOSUPPORT;
+	ret = stream_add(file->private_data, transport, add, add->window_pages, add->cpumask,
+			 add->cpumask_bytes, add->flags & LMTRACK_CHANNEL_REPLACE, &add->channel);
+	/* Else the channel has it. */
+	if (ret)
+		lmtrack_transport_put(transport);
+	return ret;
+}
+
+/* ---- Windows ---- */
+
+static struct lmtrack_channel *stream_channel(struct lmtrack_stream *stream, u32 number)
+{
+	if (number >= stream->channel_count)
+		return NULL;
+	return stream->channels[array_index_nospec(number, stream->channel_count)];
+}
+
+static int stream_set_window(struct lmtrack_stream *stream,
+			     const struct lmtrack_stream_rdma_window *set)
+{
+	struct lmtrack_channel *channel = stream_channel(stream, set->channel);
+	struct lmtrack_region *region;
+	u64 window;
+	int ret;
+
+	if (!channel || !channel->task || set->region >= LMTRACK_REGIONS_MAX)
+		return -EINVAL;
+	if (!channel->transport->window)
+		return -EOPNOTSUPP;
+	region = stream_region(stream, array_index_nospec(set->region, LMTRACK_REGIONS_MAX));
+	if (!region || set->first >= region->pages || set->first % channel->window_pages)
+		return -EINVAL;
+	if (set->address > U64_MAX - ((u64)channel->window_pages << PAGE_SHIFT))
+		return -EINVAL;
+	window = div_u64(set->first, channel->window_pages);
+	ret = channel->transport->window(channel, set->region, window, set->address, set->rkey);
+	if (ret)
+		return ret;
+	/*
+	 * Nor is it wanted any more by the time the caller looks again. The thread may already be
+	 * at the next one it lacks.
+	 */
+	spin_lock(&stream->end_lock);
+	if (channel->wanted == WANTED(set->region, window)) {
+		WRITE_ONCE(channel->wanted, 0);
+		__clear_bit(channel->number, stream->wanting);
+	}
+	spin_unlock(&stream->end_lock);
+	return 0;
+}
+
+static long stream_rdma_window(struct file *file, void *arg)
+{
+	struct lmtrack_stream *stream = file->private_data;
+	const struct lmtrack_stream_rdma_window *set = arg;
+	long ret;
+
+	if (set->reserved)
+		return -EINVAL;
+	if (mutex_lock_killable(&stream->lock))
+		return -EINTR;
+	ret = stream_set_window(stream, set);
+	mutex_unlock(&stream->lock);
+	return ret;
+}
+
+static long stream_rdma_wanted(struct file *file, void *arg)
+{
+	struct lmtrack_stream *stream = file->private_data;
+	struct lmtrack_stream_rdma_wanted *out = arg;
+	struct lmtrack_channel *channel;
+	u64 wanted;
+	long ret = 0;
+
+	if (mutex_lock_killable(&stream->lock))
+		return -EINTR;
+	channel = stream_channel(stream, out->channel);
+	wanted = channel && channel->task ? READ_ONCE(channel->wanted) : 0;
+	if (!channel) {
+		ret = -EINVAL;
+	} else if (!wanted) {
+		ret = -EAGAIN;
+	} else {
+		/* Regions are fixed by now, as a round was begun. */
+		out->region = WANTED_REGION(wanted);
+		out->first = WANTED_WINDOW(wanted) * channel->window_pages;
+		out->pages = min_t(u64, channel->window_pages,
+				   stream_region(stream, out->region)->pages - out->first);
+	}
+	mutex_unlock(&stream->lock);
 	return ret;
 }
 
@@ -644,6 +1093,22 @@ static int stream_hold_regions(struct lmtrack_stream *stream)
 	return ret;
 }
 
+/* The channels there are work on the round, from the first chunk on. */
+static void stream_begin(struct lmtrack_stream *stream)
+{
+	unsigned int i, there = 0;
+
+	for (i = 0; i < stream->channel_count; i++) {
+		if (!stream->channels[i]->task)
+			continue;
+		stream->channels[i]->busy = true;
+		stream->channels[i]->rank = there++;
+	}
+	stream->gone = 0;
+	atomic64_set(&stream->next, NEXT(0, 0));
+	atomic_set(&stream->running, there);
+}
+
 static long stream_send(struct file *file, void *arg)
 {
 	struct lmtrack_stream *stream = file->private_data;
@@ -661,6 +1126,8 @@ static long stream_send(struct file *file, void *arg)
 	else if (!stream->region_count || !stream->channel_count ||
 		 send->round <= stream->round)
 		ret = -EINVAL;
+	else if (READ_ONCE(stream->lost) || !stream->alive)
+		ret = -EPIPE;
 	else
 		ret = stream_hold_regions(stream);
 	if (ret)
@@ -674,7 +1141,7 @@ static long stream_send(struct file *file, void *arg)
 	stream->what = send->what;
 	stream->holding = send->what == LMTRACK_SEND_DIRTY && !(send->flags & LMTRACK_SEND_HELD);
 	stream->begin = ktime_get();
-	atomic_set(&stream->running, stream->channel_count);
+	stream_begin(stream);
 	trace_lmtrack_round_begin(stream->id, send->round, send->what);
 	/* Everything above is for the threads to see with the round. */
 	smp_store_release(&stream->round, send->round);
@@ -684,9 +1151,34 @@ out:
 	return ret;
 }
 
+static long stream_width(struct file *file, void *arg)
+{
+	struct lmtrack_stream *stream = file->private_data;
+	const struct lmtrack_stream_width *set = arg;
+
+	if (!set->channels || set->reserved)
+		return -EINVAL;
+	if (mutex_lock_killable(&stream->lock))
+		return -EINTR;
+	WRITE_ONCE(stream->width, min_t(u32, set->channels, LMTRACK_CHANNELS_MAX));
+	wake_up_all(&stream->work);
+	mutex_unlock(&stream->lock);
+	return 0;
+}
+
 static bool stream_ended(struct lmtrack_stream *stream)
 {
 	return READ_ONCE(stream->round) && !READ_ONCE(stream->sending);
+}
+
+/* With end_lock held: a channel that is lost shows in what became of the round, until dropped. */
+static void stream_tell_lost(struct lmtrack_stream *stream, struct lmtrack_stream_wait *wait)
+{
+	wait->lost = stream->lost;
+	if (!wait->lost || wait->error)
+		return;
+	wait->channel = __ffs64(wait->lost);
+	wait->error = -stream->channels[wait->channel]->error;
 }
 
 static long stream_wait(struct file *file, void *arg)
@@ -706,13 +1198,16 @@ static long stream_wait(struct file *file, void *arg)
 		left = wait_event_interruptible_timeout(stream->end, stream_ended(stream), left);
 		if (left < 0)
 			return -EINTR;
-		if (!left)
+		if (!left) {
+			wait->lost = READ_ONCE(stream->lost);
 			return -ETIMEDOUT;
+		}
 		/* Unless another thread has begun the next round since. */
 		spin_lock(&stream->end_lock);
 		ended = !stream->sending;
 		if (ended)
 			*wait = stream->result;
+		stream_tell_lost(stream, wait);
 		spin_unlock(&stream->end_lock);
 	} while (!ended);
 	wait->size = size;
@@ -731,24 +1226,34 @@ static long stream_cancel(struct file *file, void *arg)
 	return 0;
 }
 
+static long stream_rate_set(struct file *file, void *arg)
+{
+	struct lmtrack_stream *stream = file->private_data;
+	const struct lmtrack_stream_rate_set *set = arg;
+
+	if (set->rate && (set->rate < LMTRACK_STREAM_RATE_MIN ||
+			  set->rate > LMTRACK_STREAM_RATE_MAX))
+		return -EINVAL;
+	lmtrack_pace_set(&stream->pace, set->rate);
+	return 0;
+}
+
 static long stream_channel_stats(struct file *file, void *arg)
 {
 	struct lmtrack_stream *stream = file->private_data;
 	struct lmtrack_channel_stats *stats = arg;
 	u32 channel = stats->channel;
 	u32 size = stats->size;
-	unsigned int index;
 
 	if (stats->reserved)
 		return -EINVAL;
 	if (mutex_lock_killable(&stream->lock))
 		return -EINTR;
-	if (channel >= stream->channel_count) {
+	if (!stream_channel(stream, channel)) {
 		mutex_unlock(&stream->lock);
 		return -EINVAL;
 	}
-	index = array_index_nospec(channel, stream->channel_count);
-	*stats = stream->channels[index]->stats;
+	*stats = stream_channel(stream, channel)->stats;
 	mutex_unlock(&stream->lock);
 	stats->size = size;
 	stats->channel = channel;
@@ -758,8 +1263,10 @@ static long stream_channel_stats(struct file *file, void *arg)
 static const struct lmtrack_request stream_requests[] = {
 	LMTRACK_REQUEST(LMTRACK_STREAM_ADD_REGION, lmtrack_stream_add_region, 0, false,
 			stream_add_region),
-	LMTRACK_REQUEST(LMTRACK_STREAM_ADD_CHANNEL, lmtrack_stream_add_channel, 0, true,
-			stream_add_channel),
+	LMTRACK_REQUEST(LMTRACK_STREAM_ADD_CHANNEL, lmtrack_stream_add_channel,
+			LMTRACK_CHANNEL_REPLACE, true, stream_add_channel),
+	LMTRACK_REQUEST(LMTRACK_STREAM_DROP_CHANNEL, lmtrack_stream_drop_channel, 0, true,
+			stream_drop_channel),
 	LMTRACK_REQUEST(LMTRACK_STREAM_SEND, lmtrack_stream_send, LMTRACK_SEND_HELD, false,
 			stream_send),
 	LMTRACK_REQUEST_GROWN(LMTRACK_STREAM_WAIT, lmtrack_stream_wait,
@@ -767,8 +1274,18 @@ static const struct lmtrack_request stream_requests[] = {
 			      stream_wait),
 	LMTRACK_REQUEST(LMTRACK_STREAM_CANCEL, lmtrack_stream_cancel, 0, false,
 			stream_cancel),
-	LMTRACK_REQUEST(LMTRACK_CHANNEL_STATS, lmtrack_channel_stats, 0, true,
-			stream_channel_stats),
+	LMTRACK_REQUEST_GROWN(LMTRACK_CHANNEL_STATS, lmtrack_channel_stats,
+			      offsetofend(struct lmtrack_channel_stats, blocked_ns), 0, true,
+			      stream_channel_stats),
+	LMTRACK_REQUEST(LMTRACK_STREAM_ADD_RDMA, lmtrack_stream_add_rdma, LMTRACK_CHANNEL_REPLACE,
+			true, stream_add_rdma),
+	LMTRACK_REQUEST(LMTRACK_STREAM_RDMA_WINDOW, lmtrack_stream_rdma_window, 0, false,
+			stream_rdma_window),
+	LMTRACK_REQUEST(LMTRACK_STREAM_RDMA_WANTED, lmtrack_stream_rdma_wanted, 0, true,
+			stream_rdma_wanted),
+	LMTRACK_REQUEST(LMTRACK_STREAM_RATE_SET, lmtrack_stream_rate_set, 0, false,
+			stream_rate_set),
+	LMTRACK_REQUEST(LMTRACK_STREAM_WIDTH, lmtrack_stream_width, 0, false, stream_width),
 };
 
 static long stream_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
@@ -784,9 +1301,25 @@ static __poll_t stream_poll(struct file *file, struct poll_table_struct *table)
 	poll_wait(file, &stream->end, table);
 	if (stream_ended(stream))
 		events |= EPOLLIN | EPOLLRDNORM;
+	if (READ_ONCE(stream->lost) || !bitmap_empty(stream->wanting, LMTRACK_CHANNELS_MAX))
+		events |= EPOLLPRI;
 	if (READ_ONCE(stream->error))
 		events |= EPOLLERR;
 	return events;
+}
+
+static void stream_free(struct lmtrack_stream *stream)
+{
+	struct lmtrack_flight *flight;
+	unsigned long chunk;
+	unsigned int i;
+
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++) {
+		xa_for_each(&stream->flights[i], chunk, flight)
+			kfree(flight);
+		xa_destroy(&stream->flights[i]);
+	}
+	kfree(stream);
 }
 
 static int stream_release(struct inode *inode, struct file *file)
@@ -796,18 +1329,20 @@ static int stream_release(struct inode *inode, struct file *file)
 
 	stream_fail(stream, -1, -ECANCELED);
 	for (i = 0; i < stream->channel_count; i++)
-		kthread_stop(stream->channels[i]->task);
+		if (stream->channels[i]->task)
+			kthread_stop(stream->channels[i]->task);
 	/* A thread that was stopped before it ever ran has left its round unfinished. */
 	if (stream->sending)
 		stream_round_end(stream);
 	for (i = 0; i < stream->channel_count; i++) {
-		stream->channels[i]->transport->detach(stream->channels[i]);
+		if (stream->channels[i]->task)
+			channel_detach(stream->channels[i]);
 		channel_free(stream->channels[i]);
 	}
 	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
 		if (stream->regions[i])
 			fput(stream->regions[i]);
-	kfree(stream);
+	stream_free(stream);
 	return 0;
 }
 
@@ -824,17 +1359,23 @@ long lmtrack_stream_create(struct file *file, void *arg)
 {
 	const struct lmtrack_stream_create *create = arg;
 	struct lmtrack_stream *stream = kzalloc(sizeof(*stream), GFP_KERNEL_ACCOUNT);
+	unsigned int i;
 	int fd;
 
 	if (!stream)
 		return -ENOMEM;
 	mutex_init(&stream->lock);
+	mutex_init(&stream->channels_lock);
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
+		xa_init(&stream->flights[i]);
 	spin_lock_init(&stream->end_lock);
 	init_waitqueue_head(&stream->work);
 	init_waitqueue_head(&stream->end);
+	lmtrack_pace_init(&stream->pace);
 	stream->id = create->stream_id;
 	stream->zero_detect = !(create->flags & LMTRACK_STREAM_NO_ZERO_DETECT);
 	stream->error_channel = -1;
+	stream->width = LMTRACK_CHANNELS_MAX;
 	fd = anon_inode_getfd("lmtrack-stream", &stream_fops, stream, O_RDWR | O_CLOEXEC);
 	if (fd < 0)
 		kfree(stream);

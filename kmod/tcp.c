@@ -5,7 +5,7 @@
  * Headers are copied into the socket, pages are handed to it by reference: the network holds
  * its own references until the peer has acknowledged the bytes, and nobody needs to be told. A
  * page that is written meanwhile may arrive half old and half new; it is dirty again and
- * follows in a later round on the same connection.
+ * follows in a later round, which begins when the peer has stored this one.
  *
  * channel->priv is the socket, held with a reference to its file from attach to detach. The
  * channel's thread is the only sender. It waits for room itself, holding no lock, and is woken
@@ -25,12 +25,13 @@
 
 #include "lmtrack.h"
 
-static int tcp_attach(struct lmtrack_channel *channel, int fd)
+static int tcp_attach(struct lmtrack_channel *channel, const void *how)
 {
+	const struct lmtrack_stream_add_channel *add = how;
 	struct socket *sock;
 	int ret;
 
-	sock = sockfd_lookup(fd, &ret);
+	sock = sockfd_lookup(add->fd, &ret);
 	if (!sock)
 		return ret;
 	if ((sock->sk->sk_family != AF_INET && sock->sk->sk_family != AF_INET6) ||

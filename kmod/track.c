@@ -37,7 +37,6 @@
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
-#include <linux/pagevec.h>
 #include <linux/rmap.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -141,7 +140,7 @@ int lmtrack_mm_add(struct lmtrack_region *region, struct vm_area_struct *vma, gf
 
 static void mm_note_pins(struct lmtrack_region *region, struct mm_struct *mm)
 {
-	if (test_bit(MMF_HAS_PINNED, &mm->flags))
+	if (mm_flags_test(MMF_HAS_PINNED, mm))
 		WRITE_ONCE(region->maybe_pinned, true);
 }
 
@@ -734,6 +733,28 @@ int lmtrack_chunk_take(struct lmtrack_region *region, unsigned long index, bool 
 		*held += chunk_dirty_of(chunk, chunk->held);
 	mutex_unlock(&region->harvest_lock);
 	return pages;
+}
+
+/**
+ * lmtrack_chunk_return() - what was taken of a chunk did not arrive: it is dirty again
+ * @region:	the region
+ * @file:	the open file of it that the stream holds
+ * @index:	the chunk's number
+ * @pages:	those that were taken
+ *
+ * Return: whether the region is tracked by @file. If not, all of it will be dirty when it is.
+ */
+bool lmtrack_chunk_return(struct lmtrack_region *region, const struct file *file,
+			  unsigned long index, const unsigned long *pages)
+{
+	bool tracked;
+
+	mutex_lock(&region->harvest_lock);
+	tracked = region->state == LMTRACK_TRACKED && region->tracker == file;
+	if (tracked)
+		chunk_mark(region, xa_load(&region->chunks, index), index, pages);
+	mutex_unlock(&region->harvest_lock);
+	return tracked;
 }
 
 /* ---- Requests ---- */

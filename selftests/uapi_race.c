@@ -219,6 +219,7 @@ struct actor {
 	struct control *control;
 	char *memory;
 	int fd;
+	const pid_t *writers;
 	unsigned int seed;
 	bool (*act)(struct actor *actor);	/* false: cannot be done here */
 	unsigned long done;
@@ -246,7 +247,7 @@ static bool run_actor(struct __test_metadata *_metadata, FIXTURE_DATA(race) *sel
 {
 	struct actor actor = {
 		.control = self->control, .memory = (char *)self->memory, .fd = self->fd,
-		.seed = 7, .act = act,
+		.writers = self->children, .seed = 7, .act = act,
 	};
 	pthread_t thread;
 
@@ -437,6 +438,74 @@ TEST_F_TIMEOUT(race, numa_balancing, 180)
 	EXPECT_EQ(write_file(path, "1"), 0);
 	EXPECT_TRUE(run_actor(_metadata, self, act_numa, 300));
 	write_file("/proc/sys/kernel/numa_balancing", "0");
+}
+
+/* A processor goes with all its bits, its threads' accounts and its lists of pages, and returns. */
+#define SECOND_CPU	"/sys/devices/system/cpu/cpu1/online"
+
+static bool act_hotplug(struct actor *actor)
+{
+	(void)actor;
+	return !write_file(SECOND_CPU, "0") && !write_file(SECOND_CPU, "1");
+}
+
+TEST_F_TIMEOUT(race, cpu_hotplug, 300)
+{
+	if (access(SECOND_CPU, W_OK))
+		SKIP(return, "there is no second processor that can be taken away");
+	EXPECT_TRUE(run_actor(_metadata, self, act_hotplug, 200));
+}
+
+/* Writers stand still in the middle of whatever they do, faults included, and go on. */
+static bool act_stop(struct actor *actor)
+{
+	pid_t writer = actor->writers[next_random(&actor->seed) % PROCESSES];
+
+	if (kill(writer, SIGSTOP))
+		return false;
+	usleep(next_random(&actor->seed) % 4000);
+	return !kill(writer, SIGCONT);
+}
+
+TEST_F_TIMEOUT(race, stopped_writers, 180)
+{
+	EXPECT_TRUE(run_actor(_metadata, self, act_stop, 300));
+}
+
+/* Memory is short: all that can be taken away is, and what a region's pages lie on is looked at. */
+static bool act_pressure(struct actor *actor)
+{
+	size_t bytes = 64 * MIB;
+	void *memory;
+
+	(void)actor;
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (memory == MAP_FAILED)
+		return false;
+	munmap(memory, bytes);
+	return !write_file("/proc/sys/vm/drop_caches", "3") &&
+	       !write_file("/proc/sys/vm/compact_memory", "1");
+}
+
+/* So much is set aside that the rest is scarce, and the reclaimer runs. */
+TEST_F_TIMEOUT(race, memory_pressure, 300)
+{
+	const char *reserve = "/proc/sys/vm/min_free_kbytes";
+	char before[32] = "", much[32];
+	FILE *meminfo = fopen("/proc/meminfo", "r");
+	unsigned long total = 0;
+	int fd = open(reserve, O_RDONLY | O_CLOEXEC);
+
+	ASSERT_NE(NULL, meminfo);
+	ASSERT_EQ(1, fscanf(meminfo, "MemTotal: %lu", &total));
+	fclose(meminfo);
+	ASSERT_LT(0, read(fd, before, sizeof(before) - 1));
+	close(fd);
+	snprintf(much, sizeof(much), "%lu", total / 3);
+	ASSERT_EQ(0, write_file(reserve, much));
+	EXPECT_TRUE(run_actor(_metadata, self, act_pressure, 100));
+	EXPECT_EQ(0, write_file(reserve, before));
 }
 
 /* The kernel writes for us, through a pin that needs no page table entry any more. */

@@ -212,6 +212,7 @@ static const struct request_case stream_requests[] = {
 	REQUEST(STREAM_SEND, lmtrack_stream_send),
 	REQUEST(STREAM_WAIT, lmtrack_stream_wait),
 	REQUEST(STREAM_CANCEL, lmtrack_stream_cancel),
+	REQUEST(STREAM_RATE_SET, lmtrack_stream_rate_set),
 	REQUEST(CHANNEL_STATS, lmtrack_channel_stats),
 };
 

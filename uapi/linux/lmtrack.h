@@ -400,20 +400,22 @@ struct lmtrack_stream_add_region {
 /**
  * struct lmtrack_stream_add_channel - LMTRACK_STREAM_ADD_CHANNEL, on a stream
  * @size:	sizeof(struct lmtrack_stream_add_channel)
- * @flags:	zero
+ * @flags:	LMTRACK_CHANNEL_REPLACE: in place of a channel that was dropped
  * @fd:		a connected TCP socket; the stream is its only writer from now on
  * @reserved:	zero
  * @cpumask:	address of a CPU mask for the channel's thread, or 0: the CPUs of the first
  *		region's node
  * @cpumask_bytes: its length; 0 when @cpumask is
- * @channel:	out: the channel's number, counted from 0
+ * @channel:	out: the channel's number, counted from 0; with LMTRACK_CHANNEL_REPLACE in: that of
+ *		the channel that was dropped
  *
- * Before the first SEND only: a chunk stays on the channel it was first sent on, so that a
- * newer copy of a page never overtakes an older one.
+ * Before the first SEND, or with LMTRACK_CHANNEL_REPLACE between two rounds. The new channel
+ * counts its frames from 0; its statistics go on.
  *
  * EBADF, ENOTSOCK, EPROTOTYPE (no TCP socket), ENOTCONN, EEXIST (the socket is in this stream
- * already), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was already sent), EPIPE (cancelled),
- * EINVAL (mask empty, or without an online CPU), EFAULT, ENOMEM.
+ * already; the channel was not dropped), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was
+ * already sent, or is being sent), EPIPE (cancelled), EINVAL (mask empty, or without an online
+ * CPU; no such channel), EFAULT, ENOMEM.
  */
 struct lmtrack_stream_add_channel {
 	__u32 size;
@@ -426,6 +428,8 @@ struct lmtrack_stream_add_channel {
 };
 
 #define LMTRACK_STREAM_ADD_CHANNEL	_IO(LMTRACK_IOC_TYPE, 0x21)
+
+#define LMTRACK_CHANNEL_REPLACE	(1U << 0)
 
 /**
  * enum lmtrack_send_what - what a round carries
@@ -446,11 +450,17 @@ enum lmtrack_send_what {
  * @what:	enum lmtrack_send_what
  *
  * Returns at once; poll() reports POLLIN when the round has been handed to the network whole,
- * or has failed. Pages are harvested (cleared, protected again) chunk by chunk just before
- * they are sent. All regions must be tracked by the files they were added by.
+ * or has failed, POLLPRI while a channel is lost that was not dropped, and POLLERR when the
+ * stream has failed or was cancelled. Pages are harvested (cleared, protected again) chunk by
+ * chunk just before they are sent. All regions must be tracked by the files they were added by.
+ *
+ * A round sends a chunk over whichever channel comes for it first, and another round over another.
+ * So that a newer copy of a page never overtakes an older one, begin a round when the peer has
+ * stored all of the last.
  *
  * EBUSY: a round is being sent; EINVAL: no channel, no region, a region that is not tracked,
- * @round or @what; EPIPE: the stream failed or was cancelled before.
+ * @round or @what; EPIPE: the stream failed or was cancelled before, a channel is lost and was
+ * not dropped, or no channel is left.
  */
 struct lmtrack_stream_send {
 	__u32 size;
@@ -469,7 +479,7 @@ struct lmtrack_stream_send {
  * @flags:	zero
  * @timeout_ms:	longest wait in milliseconds, or -1
  * @round:	out: the last round sent
- * @error:	out: 0, or the positive errno that ended the round
+ * @error:	out: 0, or the positive errno that ended the round, or by which a channel was lost
  * @channel:	out: where the error happened, or -1
  * @duration_ns: out: from SEND to the end of the round
  * @pages:	out: pages harvested in the round
@@ -484,6 +494,11 @@ struct lmtrack_stream_send {
  * @wire_ns:	out: of @duration_ns, the time during which the wire was busy: at least one channel
  *		sent, or its connection had bytes that could not leave yet (a TCP segment or more
  *		that was taken and not sent)
+ * @lost:	out, also with ETIMEDOUT: bit n: channel n is lost, and was not dropped
+ *
+ * A channel that is lost does not end the round: it goes on over the others, and only what the
+ * lost one has not sent stays behind. LMTRACK_STREAM_DROP_CHANNEL is what follows. When @lost has
+ * the bit of @channel, @error says how it was lost; any other error has ended the stream.
  *
  * @harvest_ns and @send_ns are times of threads: together they are up to @duration_ns for each
  * channel. @wire_ns is a time of the clock, @duration_ns at most, however many channels there
@@ -497,7 +512,7 @@ struct lmtrack_stream_send {
  *
  *	@bytes / (T - (@duration_ns - @wire_ns))
  *
- * A module that is older than these three fields leaves them zero; @wire_ns is never zero
+ * A module that is older than @harvest_ns and what follows leaves it zero; @wire_ns is never zero
  * otherwise, as the end of a round has to be sent.
  *
  * EINVAL: no round was ever sent; ETIMEDOUT; EINTR.
@@ -518,6 +533,7 @@ struct lmtrack_stream_wait {
 	__aligned_u64 harvest_ns;
 	__aligned_u64 send_ns;
 	__aligned_u64 wire_ns;
+	__aligned_u64 lost;
 };
 
 #define LMTRACK_STREAM_WAIT	_IO(LMTRACK_IOC_TYPE, 0x23)
@@ -553,6 +569,10 @@ struct lmtrack_stream_cancel {
  * @copied_bytes: payload bytes it copied (no scatter-gather, or TLS on the socket)
  * @header_bytes: frame headers and extent tables
  * @blocked_ns:	time spent in sending, most of it waiting for room
+ * @writes:	RDMA writes posted; 0 on TCP
+ * @gathered:	of them, those that carried more than one page
+ *
+ * A module that is older than the last two fields leaves them zero.
  *
  * EINVAL: no such channel.
  */
@@ -569,8 +589,205 @@ struct lmtrack_channel_stats {
 	__aligned_u64 copied_bytes;
 	__aligned_u64 header_bytes;
 	__aligned_u64 blocked_ns;
+	__aligned_u64 writes;
+	__aligned_u64 gathered;
 };
 
 #define LMTRACK_CHANNEL_STATS	_IO(LMTRACK_IOC_TYPE, 0x25)
+
+/**
+ * struct lmtrack_stream_drop_channel - LMTRACK_STREAM_DROP_CHANNEL, on a stream
+ * @size:	sizeof(struct lmtrack_stream_drop_channel)
+ * @flags:	zero
+ * @channel:	the channel's number
+ * @error:	out: the positive errno by which it was lost; ECANCELED: it was not, until now
+ * @pages:	out: pages that were made dirty again
+ *
+ * Shuts the channel down, waits until its thread has ended, and lets go of the socket. At any
+ * time, lost or not. What the channel has sent in the last round begun, pages punched out
+ * included, is dirty again; what it had not got to still is. So nothing is forgotten if the peer
+ * had all of the rounds before; but it may have some of this one, and may still get it from the
+ * network: before the pages are sent again, over another channel, it has to close its end.
+ *
+ * The other channels go on with the round. From the next on they carry the chunks of all. Of a
+ * round of LMTRACK_SEND_ALL that has lost a channel, pages that were clean may be missing.
+ * When all channels were dropped, LMTRACK_CHANNEL_REPLACE has to come before the next SEND.
+ *
+ * EINVAL: no such channel; EALREADY: it was dropped before; EPIPE: the stream failed or was
+ * cancelled; EINTR: killed, and the channel is lost but not dropped.
+ */
+struct lmtrack_stream_drop_channel {
+	__u32 size;
+	__u32 flags;
+	__u32 channel;
+	__u32 error;
+	__aligned_u64 pages;
+};
+
+#define LMTRACK_STREAM_DROP_CHANNEL	_IO(LMTRACK_IOC_TYPE, 0x26)
+
+#define LMTRACK_RDMA_ADDRESS_MAX	32	/* a struct sockaddr_in or sockaddr_in6 */
+#define LMTRACK_RDMA_TOKEN_MAX		56	/* what RDMA's connection manager carries */
+#define LMTRACK_RDMA_TIMEOUT_MAX_MS	60000
+
+/**
+ * struct lmtrack_stream_add_rdma - LMTRACK_STREAM_ADD_RDMA, on a stream
+ * @size:	sizeof(struct lmtrack_stream_add_rdma)
+ * @flags:	LMTRACK_CHANNEL_REPLACE, as in struct lmtrack_stream_add_channel
+ * @remote:	struct sockaddr_in or sockaddr_in6 of the peer, who listens with RDMA's
+ *		connection manager; the rest zero
+ * @local:	the same of this side, or all zero: as the routes say
+ * @token:	handed to the peer with the request for a connection: who this is
+ * @token_bytes: of @token, LMTRACK_RDMA_TOKEN_MAX at most
+ * @timeout_ms:	longest time that connecting may take, 1 to LMTRACK_RDMA_TIMEOUT_MAX_MS
+ * @window_pages: length of a window, see LMTRACK_STREAM_RDMA_WINDOW: a multiple of
+ *		LMTRACK_CHUNK_PAGES
+ * @channel:	as in struct lmtrack_stream_add_channel
+ * @cpumask:	as in struct lmtrack_stream_add_channel
+ * @cpumask_bytes: same
+ * @reserved:	zero
+ *
+ * Connects, from the caller's network namespace, and returns when the peer has accepted. Pages
+ * are written into the peer's windows by RDMA, straight from the region; nothing is registered
+ * or pinned for it on this side. Frames arrive as messages, see lmtrack_wire.h. A stream may
+ * have channels of both kinds.
+ *
+ * Pages of a round are written while the peer may still have messages of the last to deal with: a
+ * ZERO frame that it acts on late would wipe newer data out. So whoever has a channel of this
+ * kind begins a round only when the peer says that it has dealt with all of the last.
+ *
+ * When it may be called is as with LMTRACK_STREAM_ADD_CHANNEL; a channel may replace one of the
+ * other kind. Needs lmtrack_rdma.ko, which is loaded on demand.
+ *
+ * EPROTONOSUPPORT: it cannot be loaded; EINVAL: an address, length, time-out or mask;
+ * EHOSTUNREACH, ENETUNREACH, ENODEV, EADDRNOTAVAIL: no RDMA device leads there; ECONNREFUSED:
+ * nobody listens; EACCES: the peer refused the token; ETIMEDOUT; EOPNOTSUPP: the device's queues
+ * are too short; ENOSPC, EBUSY, EPIPE, EFAULT, ENOMEM, EINTR: as with
+ * LMTRACK_STREAM_ADD_CHANNEL.
+ */
+struct lmtrack_stream_add_rdma {
+	__u32 size;
+	__u32 flags;
+	__u8 remote[LMTRACK_RDMA_ADDRESS_MAX];
+	__u8 local[LMTRACK_RDMA_ADDRESS_MAX];
+	__u8 token[LMTRACK_RDMA_TOKEN_MAX];
+	__u32 token_bytes;
+	__u32 timeout_ms;
+	__u32 window_pages;
+	__u32 channel;
+	__aligned_u64 cpumask;
+	__u32 cpumask_bytes;
+	__u32 reserved;
+};
+
+#define LMTRACK_STREAM_ADD_RDMA	_IO(LMTRACK_IOC_TYPE, 0x27)
+
+/**
+ * struct lmtrack_stream_rdma_window - LMTRACK_STREAM_RDMA_WINDOW, on a stream
+ * @size:	sizeof(struct lmtrack_stream_rdma_window)
+ * @flags:	zero
+ * @channel:	an RDMA channel's number
+ * @region:	the region's index
+ * @first:	the window's first page, a multiple of the channel's window_pages. The window has
+ *		so many pages, or as many as the region has from there on
+ * @address:	of the first page, at the peer
+ * @rkey:	the peer's key for that memory
+ * @reserved:	zero
+ *
+ * Says where pages of the region are to be written at the peer. The regions have been added.
+ * May be called at any time; a window cannot be changed. A channel that comes to pages without a
+ * window waits for one: then poll() reports POLLPRI, and LMTRACK_STREAM_RDMA_WANTED says
+ * which. It waits until the window is set, the connection is lost or the stream ends.
+ *
+ * EINVAL: no such channel or region, @first, @address, @reserved; EOPNOTSUPP: the channel is not
+ * one of RDMA; EEXIST: the window was set before; ENOMEM; EINTR: killed.
+ */
+struct lmtrack_stream_rdma_window {
+	__u32 size;
+	__u32 flags;
+	__u32 channel;
+	__u32 region;
+	__aligned_u64 first;
+	__aligned_u64 address;
+	__u32 rkey;
+	__u32 reserved;
+};
+
+#define LMTRACK_STREAM_RDMA_WINDOW	_IO(LMTRACK_IOC_TYPE, 0x28)
+
+/**
+ * struct lmtrack_stream_rdma_wanted - LMTRACK_STREAM_RDMA_WANTED, on a stream
+ * @size:	sizeof(struct lmtrack_stream_rdma_wanted)
+ * @flags:	zero
+ * @channel:	in: a channel's number
+ * @region:	out: the region's index
+ * @first:	out: first page of the window the channel waits for
+ * @pages:	out: its length
+ *
+ * EINVAL: no such channel; EAGAIN: it waits for no window; EINTR: killed.
+ */
+struct lmtrack_stream_rdma_wanted {
+	__u32 size;
+	__u32 flags;
+	__u32 channel;
+	__u32 region;
+	__aligned_u64 first;
+	__aligned_u64 pages;
+};
+
+#define LMTRACK_STREAM_RDMA_WANTED	_IO(LMTRACK_IOC_TYPE, 0x29)
+
+#define LMTRACK_STREAM_RATE_MIN	65536ULL		/* bytes per second */
+#define LMTRACK_STREAM_RATE_MAX	1000000000000ULL
+
+/**
+ * struct lmtrack_stream_rate_set - LMTRACK_STREAM_RATE_SET, on a stream
+ * @size:	sizeof(struct lmtrack_stream_rate_set)
+ * @flags:	zero
+ * @rate:	bytes per second, LMTRACK_STREAM_RATE_MIN to LMTRACK_STREAM_RATE_MAX; 0: no cap
+ *
+ * All channels together, of either kind, hand no more than @rate to the network: frames, tables
+ * and pages, not what the network adds. It holds from now on, also for a round under way: who
+ * waits for an earlier setting goes by this one. A frame that the network is taking goes out
+ * whole: that is one chunk of each channel at most, and only where the earlier setting was higher.
+ *
+ * Within any second no more than what takes 10 ms at @rate and one frame is sent above it, that
+ * is 1.5 % from about 1 MB/s on; what was not sent is not made up for,
+ * but for 10 ms, which evens out late timers. DATA frames are cut to what takes 5 ms at @rate, or
+ * to one page. The time that channels wait is a part of send_ns and wire_ns (struct
+ * lmtrack_stream_wait): the wire is as fast as the cap.
+ *
+ * At any time; ends with the stream. EINVAL: @rate.
+ */
+struct lmtrack_stream_rate_set {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 rate;
+};
+
+#define LMTRACK_STREAM_RATE_SET	_IO(LMTRACK_IOC_TYPE, 0x2a)
+
+/**
+ * struct lmtrack_stream_width - LMTRACK_STREAM_WIDTH, on a stream
+ * @size:	sizeof(struct lmtrack_stream_width)
+ * @flags:	zero
+ * @channels:	1 or more
+ * @reserved:	zero
+ *
+ * At any time: so many channels carry chunks from now on, also of the round that is being sent,
+ * those with the lowest numbers that are there. The others wait, and end each round with nothing;
+ * in place of one that is lost in a round another carries the rest of it. All that are there, until
+ * this was said, and if they are fewer.
+ *
+ * EINVAL: @channels, @reserved; EINTR: killed.
+ */
+struct lmtrack_stream_width {
+	__u32 size;
+	__u32 flags;
+	__u32 channels;
+	__u32 reserved;
+};
+
+#define LMTRACK_STREAM_WIDTH	_IO(LMTRACK_IOC_TYPE, 0x2b)
 
 #endif /* _UAPI_LINUX_LMTRACK_H */

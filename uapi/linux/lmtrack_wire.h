@@ -16,13 +16,15 @@
 #include <linux/types.h>
 
 #define LMTRACK_WIRE_MAGIC		0x4b544d4c	/* "LMTK" */
-#define LMTRACK_WIRE_VERSION		1
+#define LMTRACK_WIRE_VERSION		2
+#define LMTRACK_WIRE_VERSION_FRAMES	1		/* the oldest whose frames are understood */
 #define LMTRACK_WIRE_EXTENTS_MAX	512		/* one chunk in extents of one page */
 
 /**
  * enum lmtrack_wire_frame_type - frames on a data channel
  * @LMTRACK_FRAME_CHANNEL:	first frame of a channel, from user space: the payload is
- *				struct lmtrack_wire_channel; no extents
+ *				struct lmtrack_wire_channel; no extents. @arg is the number of
+ *				connections that were made for the channel before
  * @LMTRACK_FRAME_DATA:		extents of pages, their bytes follow in the same order
  * @LMTRACK_FRAME_ZERO:		extents of pages that read as zero; no payload
  * @LMTRACK_FRAME_ROUND_END:	the channel has nothing more in this round; @arg is the number
@@ -38,7 +40,8 @@ enum lmtrack_wire_frame_type {
 /**
  * struct lmtrack_wire_frame - header of a frame
  * @magic:	LMTRACK_WIRE_MAGIC
- * @version:	LMTRACK_WIRE_VERSION
+ * @version:	LMTRACK_WIRE_VERSION. From LMTRACK_WIRE_VERSION_FRAMES on any will do: a frame may
+ *		be written by a kernel module that is older than the program
  * @type:	enum lmtrack_wire_frame_type
  * @flags:	zero
  * @crc:	CRC32C (Castagnoli; initial value and final xor all ones) of this header, with
@@ -49,7 +52,7 @@ enum lmtrack_wire_frame_type {
  * @round:	the round the frame belongs to; 0 for LMTRACK_FRAME_CHANNEL
  * @region:	the region's index; 0 where the type has none
  * @payload:	bytes that follow the table: pages * page size for DATA, else as the type says
- * @seq:	frames sent before this one on this channel, LMTRACK_FRAME_CHANNEL not counted
+ * @seq:	frames sent before this one on this connection, LMTRACK_FRAME_CHANNEL not counted
  * @arg:	as the type says, else zero
  * @reserved:	zero
  */
@@ -86,10 +89,42 @@ struct lmtrack_wire_extent {
 /**
  * struct lmtrack_wire_channel - payload of LMTRACK_FRAME_CHANNEL
  * @mac:	HMAC-SHA256 under the session key over the text "lmtrack channel", the stream's id
- *		(8 bytes) and the channel's number (4 bytes)
+ *		(8 bytes), the channel's number (4 bytes) and the frame's @arg (8 bytes)
  */
 struct lmtrack_wire_channel {
 	__u8 mac[32];
+};
+
+/**
+ * struct lmtrack_wire_token - private data of a request for an RDMA connection
+ * @stream:	the stream's id
+ * @channel:	the channel's number
+ * @reserved:	zero
+ * @mac:	HMAC-SHA256 under the session key over the text "lmtrack rdma", the stream's id
+ *		(8 bytes), the channel's number (4 bytes) and 8 bytes of zero
+ *
+ * A channel over RDMA has no LMTRACK_FRAME_CHANNEL. Each frame is a message (SEND) with header and
+ * table; the pages of a DATA frame were written before it into the windows that WINDOW named.
+ */
+struct lmtrack_wire_token {
+	__le64 stream;
+	__le32 channel;
+	__le32 reserved;
+	__u8 mac[32];
+};
+
+/**
+ * struct lmtrack_wire_credit - how many more messages may be sent over an RDMA connection
+ * @magic:	LMTRACK_WIRE_MAGIC
+ * @frames:	so many, beside those that were allowed before
+ *
+ * Private data of the destination's answer to the request for a connection, at least one; and of
+ * each message (SEND) that it sends on it. For each there is a buffer; a message without one would
+ * have to be sent again, or with iWARP end the connection.
+ */
+struct lmtrack_wire_credit {
+	__le32 magic;
+	__le32 frames;
 };
 
 /*
@@ -100,12 +135,26 @@ struct lmtrack_wire_channel {
  *	PROOF				PROOF
  *	CAPACITY			CAPACITY_OK
  *	REGIONS				DEVICES_READY
+ *	RDMA_ASK (if wanted)		RDMA_OFFER
  *	(data channels connect)		CHANNELS_READY
  *	DIGESTS ...			UNVERIFIED ..., ROUND_ACK (each round), COMPARED
  *	PAUSED, STATE ..., DIGESTS ...
  *	PREPARE				NEED (then DIGESTS and PREPARE again) or READY
  *	COMMIT				RUNNING
  *	DONE
+ *
+ * From CHANNELS_READY to PREPARE a data channel may break:
+ *
+ *	source				destination
+ *					CHANNEL_LOST (if it notices first)
+ *	CHANNEL_LOST			CHANNEL_CLOSED
+ *	(connects again)		CHANNEL_JOINED
+ *	RESUMED (if none was left after PAUSED)
+ *
+ * While a round is under way, an RDMA channel may come to pages whose place is not known yet:
+ *
+ *	source				destination
+ *	WINDOW_WANTED			WINDOW
  *
  * Either side sends KEEPALIVE while it has nothing else to say, and ABORT at any time before
  * COMMIT. Until both proofs are given, only HELLO, PROOF and the ABORT of a version that is not
@@ -137,6 +186,14 @@ enum lmtrack_wire_message_type {
 	LMTRACK_MSG_DONE = 19,
 	LMTRACK_MSG_ABORT = 20,
 	LMTRACK_MSG_KEEPALIVE = 21,
+	LMTRACK_MSG_CHANNEL_LOST = 22,
+	LMTRACK_MSG_CHANNEL_CLOSED = 23,
+	LMTRACK_MSG_CHANNEL_JOINED = 24,
+	LMTRACK_MSG_RESUMED = 25,
+	LMTRACK_MSG_RDMA_ASK = 26,
+	LMTRACK_MSG_RDMA_OFFER = 27,
+	LMTRACK_MSG_WINDOW_WANTED = 28,
+	LMTRACK_MSG_WINDOW = 29,
 };
 
 /**
@@ -215,7 +272,8 @@ struct lmtrack_wire_regions {
 };
 
 /**
- * struct lmtrack_wire_round_ack - ROUND_ACK: the round is stored, up to every channel's ROUND_END
+ * struct lmtrack_wire_round_ack - ROUND_ACK: the round is stored, up to the ROUND_END of every
+ * channel that is in it and was not closed
  * @round:	the round
  * @reserved:	zero
  * @pages:	pages stored in it
@@ -224,6 +282,71 @@ struct lmtrack_wire_round_ack {
 	__le32 round;
 	__le32 reserved;
 	__le64 pages;
+};
+
+/**
+ * struct lmtrack_wire_channel_change - CHANNEL_LOST, CHANNEL_CLOSED, CHANNEL_JOINED
+ * @channel:	the channel's number
+ * @round:	CHANNEL_LOST, from the source: the last round it has begun. CHANNEL_JOINED: the
+ *		first round that the channel is in. Else zero
+ * @attempt:	CHANNEL_JOINED: the connection's @arg in LMTRACK_FRAME_CHANNEL. Else zero
+ * @error:	CHANNEL_LOST, from the destination: a positive errno, for people. Else zero
+ * @reserved:	zero
+ *
+ * CHANNEL_LOST, from the destination: nothing more can be received on the channel; it counts on it
+ * until the source says the same. From the source: nothing is sent on it any more, and what it
+ * carried in @round will be sent again. The destination closes its end, so that nothing of it can
+ * be stored any more, and only then answers CHANNEL_CLOSED; before that, the source begins no
+ * other round. A round that no channel is left in is acknowledged all the same.
+ *
+ * After CHANNEL_CLOSED the source may connect again with a higher @arg. The channel is in no round
+ * before @round of CHANNEL_JOINED, which is not the next unless there is no other channel. If that
+ * comes true later, CHANNEL_JOINED is said again, before CHANNEL_CLOSED of the last other.
+ *
+ * RESUMED takes PAUSED back, and what was sent of the device state.
+ */
+struct lmtrack_wire_channel_change {
+	__le32 channel;
+	__le32 round;
+	__le64 attempt;
+	__le32 error;
+	__le32 reserved;
+};
+
+/**
+ * struct lmtrack_wire_rdma_offer - RDMA_OFFER: may data channels connect by RDMA?
+ * @error:	a positive errno: they may not, and connect by TCP. Else zero
+ * @port:	where RDMA's connection manager listens, at the address that the control connection
+ *		goes to
+ * @window_pages: length of a window, a multiple of LMTRACK_CHUNK_PAGES; the last of a region may
+ *		be shorter
+ * @reserved:	zero
+ */
+struct lmtrack_wire_rdma_offer {
+	__le32 error;
+	__le32 port;
+	__le32 window_pages;
+	__le32 reserved;
+};
+
+/**
+ * struct lmtrack_wire_window - WINDOW_WANTED, WINDOW
+ * @channel:	an RDMA channel's number
+ * @region:	the region's index
+ * @first:	the window's first page, a multiple of the offer's @window_pages
+ * @address:	WINDOW: of that page, at the destination. Else zero
+ * @rkey:	WINDOW: the key for that memory, good on this channel. Else zero
+ * @error:	WINDOW: a positive errno, there is no window. Else zero
+ *
+ * The keys become void when the channel is closed, and all of them before READY.
+ */
+struct lmtrack_wire_window {
+	__le32 channel;
+	__le32 region;
+	__le64 first;
+	__le64 address;
+	__le32 rkey;
+	__le32 error;
 };
 
 /**
