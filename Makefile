@@ -7,6 +7,7 @@
 #   make check             everything built, checked and tested on the stock kernels
 #   make check KERNEL=debug          ... on a kernel with KASAN, lockdep, kmemleak (built first)
 #   make check KERNEL=debug-kcsan    ... on one that looks for data races
+#   make check KERNEL=7              ... on Debian 13's newest 7.x (fetched first)
 #   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
@@ -31,8 +32,10 @@ else
 CHECK_KERNELS = $(shell tools/vm/kernels)
 KERNELS = $(if $(wildcard /lib/modules/$(RUNNING)/build),$(RUNNING),$(CHECK_KERNELS))
 endif
-# Kernels called debug... are built here, by tools/vm/debug/build.
+# Kernels called debug... are built here, by tools/vm/debug/build. 7 is Debian 13's newest 7.x: it
+# takes that Debian to build for it.
 kdir = $(if $(filter debug%,$(1)),$(O)/vm/$(1),/lib/modules/$(1)/build)
+kmake = $(if $(filter 7,$(1)),tools/vm/trixie/make,$(MAKE) --no-print-directory -C $(call kdir,$(1)))
 
 CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
@@ -51,7 +54,7 @@ endef
 
 module-%:
 	$(call copy_sources,$(O)/kmod-$*)
-	@$(MAKE) --no-print-directory -C $(call kdir,$*) M=$(O)/kmod-$* W=1 modules
+	+@$(call kmake,$*) M=$(O)/kmod-$* W=1 modules
 
 lib:
 	@$(SUB) -C lib all
@@ -72,9 +75,9 @@ guest:
 check:
 	@tools/setup/install
 	@set -e; for k in $(filter debug%,$(KERNELS)); do tools/vm/debug/build $$k; done
+	@$(if $(filter 7,$(KERNELS)),tools/vm/trixie/build)
 	@$(MAKE) --no-print-directory check-installed
 
-# One kernel after the other: each run owns the machine's processors.
 check-installed: lint lib tools selftests fuzzers guest $(CHECK_KERNELS:%=module-%)
 	@selftests/check $(CHECK_KERNELS)
 
@@ -82,7 +85,7 @@ FUZZ_SECONDS ?= 1800
 fuzz:
 	@tools/setup/install
 	@$(MAKE) --no-print-directory fuzzers
-	@FUZZ_SECONDS=$(FUZZ_SECONDS) selftests/run -t $$((4 * $(FUZZ_SECONDS) + 300)) selftests/fuzz/fuzz
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) selftests/run -t $$((6 * $(FUZZ_SECONDS) + 300)) selftests/fuzz/fuzz
 
 demo:
 	@tools/setup/install
@@ -94,7 +97,7 @@ lint: lint-checkpatch $(CHECK_KERNELS:%=lint-module-%)
 # C=2 checks every file, compiled anew or not; any word from compiler or sparse fails.
 lint-module-%:
 	$(call copy_sources,$(O)/lint-$*)
-	@$(MAKE) --no-print-directory -C $(call kdir,$*) M=$(O)/lint-$* W=1 C=2 \
+	+@$(call kmake,$*) M=$(O)/lint-$* W=1 C=2 \
 		KCFLAGS=-Werror modules >$(O)/lint-$*/log 2>&1 || { cat $(O)/lint-$*/log; exit 1; }
 	@! grep -E 'warning:|error:|WARNING:' $(O)/lint-$*/log
 	@echo "lint: $*: W=1 and sparse clean"

@@ -14,11 +14,12 @@
 #define PATIENCE_MS 5000
 #define LOOK_AROUND_MS 250
 
-void kmig_acceptor_init(struct kmig_acceptor *acceptor, struct kmig_ctx *ctx, int listen_fd, int abort_fd,
-			uint32_t timeout_ms, uint32_t page_size, const void *secret, size_t secret_len)
+void kmig_acceptor_init(struct kmig_acceptor *acceptor, struct kmig_ctx *ctx, const int *listen_fds,
+			unsigned int listens, int abort_fd, uint32_t timeout_ms, uint32_t page_size, const void *secret, size_t secret_len)
 {
 	acceptor->ctx = ctx;
-	acceptor->listen_fd = listen_fd;
+	acceptor->listen_fds = listen_fds;
+	acceptor->listens = listens;
 	acceptor->abort_fd = abort_fd;
 	acceptor->patience_ms = timeout_ms < PATIENCE_MS ? timeout_ms : PATIENCE_MS;
 	acceptor->page_size = page_size;
@@ -58,10 +59,10 @@ static struct kmig_guest *free_slot(struct kmig_acceptor *acceptor)
 	return oldest;
 }
 
-static void let_in(struct kmig_acceptor *acceptor)
+static void let_in_from(struct kmig_acceptor *acceptor, int listen_fd)
 {
 	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++) {
-		int fd = accept4(acceptor->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+		int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 		struct kmig_guest *guest;
 
 		if (fd < 0)
@@ -69,6 +70,12 @@ static void let_in(struct kmig_acceptor *acceptor)
 		guest = free_slot(acceptor);
 		*guest = (struct kmig_guest){ .fd = fd, .since_ns = kmig_now_ns() };
 	}
+}
+
+static void let_in(struct kmig_acceptor *acceptor)
+{
+	for (unsigned int i = 0; i < acceptor->listens; i++)
+		let_in_from(acceptor, acceptor->listen_fds[i]);
 }
 
 static void show_the_slow_out(struct kmig_acceptor *acceptor)
@@ -123,12 +130,16 @@ static int read_message(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 	struct lmtrack_wire_message header;
 	const char *why = "it hung up";
 	int n = read_some(guest, sizeof(header));
+	char text[96];
 
 	if (n > 0) {
 		memcpy(&header, guest->bytes, sizeof(header));
 		n = kmig_message_check(&header, &why);
 		if (n == -EPROTONOSUPPORT && type == LMTRACK_MSG_HELLO) {
 			tell_version(guest);
+			snprintf(text, sizeof(text), "it speaks version %u of the protocol, we speak %u: install the same version of kmig on both",
+				 le16toh(header.version), LMTRACK_WIRE_VERSION);
+			why = text;
 		} else if (!n && le16toh(header.type) != type) {
 			why = "it does not begin with a greeting and a proof";
 			n = -1;
@@ -136,7 +147,7 @@ static int read_message(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 		if (!n)
 			n = read_some(guest, sizeof(header) + length);
 		if (n > 0)
-			n = kmig_message_check_crc(&header, guest->bytes + sizeof(header), &why) ?: 1;
+			n = kmig_message_check_body(&header, guest->bytes + sizeof(header), &why) ?: 1;
 	}
 	if (n < 0)
 		turn_away(acceptor, guest, why);
@@ -208,16 +219,22 @@ static bool source_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 	return prove(acceptor, guest, session);
 }
 
+void kmig_acceptor_fds(const struct kmig_acceptor *acceptor, struct pollfd *fds)
+{
+	for (unsigned int i = 0; i < KMIG_LISTEN_MAX; i++)
+		fds[i] = (struct pollfd){ .fd = i < acceptor->listens ? acceptor->listen_fds[i] : -1, .events = POLLIN };
+	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++)
+		fds[KMIG_LISTEN_MAX + i] = (struct pollfd){ .fd = acceptor->guests[i].fd, .events = POLLIN };
+}
+
 int kmig_acceptor_poll(struct kmig_acceptor *acceptor, int fd, int wait_ms)
 {
-	struct pollfd fds[KMIG_ACCEPTOR_SLOTS + 3];
+	struct pollfd fds[2 + KMIG_ACCEPTOR_FDS];
 
 	fds[0] = (struct pollfd){ .fd = acceptor->abort_fd, .events = POLLIN };
-	fds[1] = (struct pollfd){ .fd = acceptor->listen_fd, .events = POLLIN };
-	fds[2] = (struct pollfd){ .fd = fd, .events = POLLIN };
-	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++)
-		fds[3 + i] = (struct pollfd){ .fd = acceptor->guests[i].fd, .events = POLLIN };
-	if (poll(fds, KMIG_ACCEPTOR_SLOTS + 3, wait_ms) < 0 && errno != EINTR)
+	fds[1] = (struct pollfd){ .fd = fd, .events = POLLIN };
+	kmig_acceptor_fds(acceptor, fds + 2);
+	if (poll(fds, 2 + KMIG_ACCEPTOR_FDS, wait_ms) < 0 && errno != EINTR)
 		return kmig_fail(acceptor->ctx, -errno, "waiting for connections: %s", strerror(errno));
 	if (fds[0].revents)
 		return kmig_fail(acceptor->ctx, -ECANCELED, "aborted");
@@ -247,7 +264,7 @@ int kmig_acceptor_source(struct kmig_acceptor *acceptor, struct kmig_session *se
 
 /* One step with one guest; its channel's number when it is one, else -1. */
 static int channel_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest, const struct kmig_session *session,
-			uint64_t stream, unsigned int count)
+			uint64_t stream, unsigned int count, uint64_t *attempt)
 {
 	struct lmtrack_wire_channel expected;
 	struct lmtrack_wire_frame raw;
@@ -272,7 +289,7 @@ static int channel_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 			why = "it is no channel of this migration";
 			n = -1;
 		}
-		if (!n && (kmig_auth_channel(session, stream, frame.channel, &expected) ||
+		if (!n && (kmig_auth_channel(session, stream, frame.channel, frame.arg, &expected) ||
 			   !kmig_auth_equal(guest->bytes + sizeof(raw), &expected, sizeof(expected)))) {
 			why = "it does not know the session's key";
 			n = -1;
@@ -282,13 +299,14 @@ static int channel_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 		turn_away(acceptor, guest, why);
 		return -1;
 	}
+	*attempt = frame.arg;
 	return frame.channel;
 }
 
-int kmig_acceptor_channels(struct kmig_acceptor *acceptor, const struct kmig_session *session, uint64_t stream,
-			   int *sockets, unsigned int count)
+uint64_t kmig_acceptor_channels(struct kmig_acceptor *acceptor, const struct kmig_session *session, uint64_t stream,
+				unsigned int count, uint64_t there, int *sockets, uint64_t *attempts)
 {
-	unsigned int there = 0;
+	uint64_t attempt, come = 0;
 
 	let_in(acceptor);
 	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++) {
@@ -297,18 +315,18 @@ int kmig_acceptor_channels(struct kmig_acceptor *acceptor, const struct kmig_ses
 
 		if (guest->fd < 0)
 			continue;
-		channel = channel_step(acceptor, guest, session, stream, count);
+		channel = channel_step(acceptor, guest, session, stream, count, &attempt);
 		if (channel < 0)
 			continue;
-		if (sockets[channel] >= 0) {
+		if ((there | come) >> channel & 1) {
 			turn_away(acceptor, guest, "its channel is there already");
 			continue;
 		}
 		sockets[channel] = guest->fd;
+		attempts[channel] = attempt;
+		come |= 1ULL << channel;
 		guest->fd = -1;
 	}
 	show_the_slow_out(acceptor);
-	for (unsigned int i = 0; i < count; i++)
-		there += sockets[i] >= 0;
-	return there;
+	return come;
 }

@@ -23,7 +23,8 @@ struct kmig_guest {
 
 struct kmig_acceptor {
 	struct kmig_ctx *ctx;
-	int listen_fd;
+	const int *listen_fds;		/* the caller's */
+	unsigned int listens;
 	int abort_fd;
 	uint32_t patience_ms;		/* with one who has proven nothing */
 	uint32_t page_size;
@@ -32,20 +33,25 @@ struct kmig_acceptor {
 	struct kmig_guest guests[KMIG_ACCEPTOR_SLOTS];
 };
 
-void kmig_acceptor_init(struct kmig_acceptor *acceptor, struct kmig_ctx *ctx, int listen_fd, int abort_fd,
-			uint32_t timeout_ms, uint32_t page_size, const void *secret, size_t secret_len);
-/* Turn all away who still wait. The listening socket stays the caller's. */
+void kmig_acceptor_init(struct kmig_acceptor *acceptor, struct kmig_ctx *ctx, const int *listen_fds,
+			unsigned int listens, int abort_fd, uint32_t timeout_ms, uint32_t page_size, const void *secret, size_t secret_len);
+/* Turn all away who still wait. */
 void kmig_acceptor_close(struct kmig_acceptor *acceptor);
 
 /* Wait for one who proves the secret: returns the socket and the session's keys. */
 int kmig_acceptor_source(struct kmig_acceptor *acceptor, struct kmig_session *session);
 
 /*
- * Take the data channels in, each into @sockets at its number (-1: not there yet). Looks at
- * who waits now and returns how many are there; the caller polls with kmig_acceptor_poll().
+ * Take in those of @count data channels that are not @there, a bit for each: the socket into
+ * @sockets at its number, and into @attempts how many connections were made for it before. Looks at
+ * who waits now and returns a bit for each that has come; the caller polls with
+ * kmig_acceptor_poll(), or for what kmig_acceptor_fds() says.
  */
-int kmig_acceptor_channels(struct kmig_acceptor *acceptor, const struct kmig_session *session, uint64_t stream,
-			   int *sockets, unsigned int count);
+uint64_t kmig_acceptor_channels(struct kmig_acceptor *acceptor, const struct kmig_session *session, uint64_t stream,
+				unsigned int count, uint64_t there, int *sockets, uint64_t *attempts);
+/* What to poll for: KMIG_ACCEPTOR_FDS entries. */
+#define KMIG_ACCEPTOR_FDS (KMIG_ACCEPTOR_SLOTS + KMIG_LISTEN_MAX)
+void kmig_acceptor_fds(const struct kmig_acceptor *acceptor, struct pollfd *fds);
 /* Wait for anything to happen at the door or on @fd; at most @wait_ms. */
 int kmig_acceptor_poll(struct kmig_acceptor *acceptor, int fd, int wait_ms);
 

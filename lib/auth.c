@@ -90,18 +90,32 @@ int kmig_auth_session(const void *secret, size_t secret_len, const struct kmig_t
 	return err;
 }
 
-int kmig_auth_channel(const struct kmig_session *session, uint64_t stream, uint32_t channel,
-		      struct lmtrack_wire_channel *proof)
+static int channel_mac(const struct kmig_session *session, const char *text, uint64_t stream, uint32_t channel,
+		       uint64_t attempt, uint8_t mac[KMIG_KEY_SIZE])
 {
-	uint64_t id = htole64(stream);
+	uint64_t id = htole64(stream), before = htole64(attempt);
 	uint32_t number = htole32(channel);
 	struct part parts[] = {
-		{ "lmtrack channel", strlen("lmtrack channel") },
+		{ text, strlen(text) },
 		{ &id, sizeof(id) },
 		{ &number, sizeof(number) },
+		{ &before, sizeof(before) },
 	};
 
-	return hmac(session->key, sizeof(session->key), parts, 3, proof->mac);
+	return hmac(session->key, sizeof(session->key), parts, 4, mac);
+}
+
+int kmig_auth_channel(const struct kmig_session *session, uint64_t stream, uint32_t channel, uint64_t attempt,
+		      struct lmtrack_wire_channel *proof)
+{
+	return channel_mac(session, "lmtrack channel", stream, channel, attempt, proof->mac);
+}
+
+int kmig_auth_token(const struct kmig_session *session, uint64_t stream, uint32_t channel,
+		    struct lmtrack_wire_token *token)
+{
+	*token = (struct lmtrack_wire_token){ .stream = htole64(stream), .channel = htole32(channel) };
+	return channel_mac(session, "lmtrack rdma", stream, channel, 0, token->mac);
 }
 
 int kmig_auth_seal(const uint8_t key[KMIG_KEY_SIZE], uint64_t number, const struct lmtrack_wire_message *raw,

@@ -43,8 +43,10 @@ int kmig_auth_proof(const void *secret, size_t secret_len, const char *who,
 		    const struct kmig_transcript *transcript, struct lmtrack_wire_proof *proof);
 int kmig_auth_session(const void *secret, size_t secret_len, const struct kmig_transcript *transcript,
 		      struct kmig_session *session);
-int kmig_auth_channel(const struct kmig_session *session, uint64_t stream, uint32_t channel,
+int kmig_auth_channel(const struct kmig_session *session, uint64_t stream, uint32_t channel, uint64_t attempt,
 		      struct lmtrack_wire_channel *proof);
+int kmig_auth_token(const struct kmig_session *session, uint64_t stream, uint32_t channel,
+		    struct lmtrack_wire_token *token);
 /* What covers a message after the proofs; @covered are the bytes of the body that count. */
 int kmig_auth_seal(const uint8_t key[KMIG_KEY_SIZE], uint64_t number, const struct lmtrack_wire_message *header,
 		   const void *body, size_t covered, uint8_t seal[KMIG_SEAL_SIZE]);

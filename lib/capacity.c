@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.1-or-later
-/* How much memory is there to be had? */
+/* How much memory is there to be had, and how many processors? */
 #include "private.h"
 
 #include <limits.h>
+#include <sched.h>
+
+/* More than any kernel is built for. */
+#define CPUS_MAX (1 << 20)
 
 static bool read_number(const char *path, uint64_t *value)
 {
@@ -66,4 +70,23 @@ uint64_t kmig_memory_available(void)
 	uint64_t cgroup = cgroup_available();
 
 	return machine < cgroup ? machine : cgroup;
+}
+
+/* EINVAL: the kernel knows of more processors than the set has room for. */
+unsigned int kmig_cpus(void)
+{
+	unsigned int found = 0;
+
+	for (int room = CPU_SETSIZE; !found && room <= CPUS_MAX; room *= 2) {
+		cpu_set_t *set = CPU_ALLOC(room);
+
+		if (!set)
+			break;
+		if (!sched_getaffinity(0, CPU_ALLOC_SIZE(room), set))
+			found = CPU_COUNT_S(CPU_ALLOC_SIZE(room), set);
+		else if (errno != EINVAL)
+			room = CPUS_MAX;
+		CPU_FREE(set);
+	}
+	return found ? found : 1;
 }

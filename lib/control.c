@@ -200,7 +200,7 @@ static int check_message(struct kmig_control *control)
 	const char *why;
 	int err;
 
-	err = kmig_message_check_crc(&control->header, control->body, &why);
+	err = kmig_message_check_body(&control->header, control->body, &why);
 	if (err)
 		return kmig_fail(control->ctx, err, "message %s from the %s: %s", kmig_message_name(type), control->peer, why);
 	err = kmig_auth_seal(control->recv_key, control->received, &control->header, control->body,

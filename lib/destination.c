@@ -7,13 +7,16 @@
 #include "acceptor.h"
 #include "control.h"
 #include "net.h"
+#include "rdma.h"
 #include "receiver.h"
 #include "report.h"
 #include "verify.h"
 
+#include <netinet/in.h>
 #include <sys/eventfd.h>
 
 #define TICK_MS 200
+#define RDMA_TICK_MS 20			/* while RDMA's connections come, which are not polled for */
 #define NEED_ROUNDS_MAX 4
 /* The source's VMM may take so many time-outs to hear that the guest runs here; it lives meanwhile. */
 #define DONE_TIMEOUTS 6
@@ -24,7 +27,8 @@ struct kmig_destination {
 	struct kmig_destination_ops ops;
 	void *data;
 	void *secret;
-	int listen_fd;
+	int listen_fds[KMIG_LISTEN_MAX];
+	unsigned int listens;
 	int abort_fd;
 	bool used;
 
@@ -36,6 +40,7 @@ struct kmig_destination {
 	uint64_t announced;		/* bytes, by CAPACITY */
 	struct kmig_region *regions[LMTRACK_REGIONS_MAX];
 	struct kmig_chunks chunks;
+	struct kmig_rdma *rdma;		/* NULL: the source has not asked for it, or cannot have it */
 	struct kmig_receiver receiver;
 	struct kmig_verify verify;
 
@@ -46,10 +51,42 @@ struct kmig_destination {
 	uint32_t prepare_round;		/* 0: not asked yet */
 	unsigned int needs;
 	bool prepared;			/* @ops.prepare was called */
+	bool asked;			/* RDMA_ASK has come */
 
 	struct kmig_clock clock;
 	struct kmig_report report;
 };
+
+/* On the first address, then on the others. */
+static int listen_on(struct kmig_destination *destination, const struct kmig_destination_opts *opts)
+{
+	struct kmig_address at = { opts->host ? opts->host : "127.0.0.1", opts->port };
+	struct sockaddr_storage first;
+	socklen_t length = sizeof(first);
+
+	for (;;) {
+		int fd = kmig_net_listen(destination->ctx, at.host, at.port);
+
+		if (fd < 0)
+			return fd;
+		destination->listen_fds[destination->listens++] = fd;
+		if (destination->listens > opts->more_count)
+			return 0;
+		at = opts->more[destination->listens - 1];
+		if (at.port)
+			continue;
+		if (getsockname(destination->listen_fds[0], (struct sockaddr *)&first, &length))
+			return kmig_fail(destination->ctx, -errno, "listening: %s", strerror(errno));
+		at.port = ntohs(first.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&first)->sin6_port :
+							      ((struct sockaddr_in *)&first)->sin_port);
+	}
+}
+
+static void stop_listening(struct kmig_destination *destination)
+{
+	while (destination->listens)
+		close(destination->listen_fds[--destination->listens]);
+}
 
 int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opts *given,
 			 const struct kmig_destination_ops *ops, void *data,
@@ -59,7 +96,8 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 	struct kmig_destination *destination;
 	int err;
 
-	err = kmig_copy_sized(ctx, &opts, sizeof(opts), sizeof(opts), given, "destination options");
+	err = kmig_copy_sized(ctx, &opts, sizeof(opts), offsetof(struct kmig_destination_opts, rdma_window_bytes), given,
+			      "destination options");
 	if (err)
 		return err;
 	if (!opts.secret || opts.secret_len < KMIG_SECRET_MIN)
@@ -67,6 +105,8 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 				 opts.secret ? opts.secret_len : 0, KMIG_SECRET_MIN);
 	if (opts.timeout_ms < 100)
 		return kmig_fail(ctx, -EINVAL, "destination: a time-out of %u ms is too short, give at least 100", opts.timeout_ms);
+	if (opts.more_count >= KMIG_LISTEN_MAX || (opts.more_count && !opts.more))
+		return kmig_fail(ctx, -EINVAL, "destination: %u addresses more, give %d at most", opts.more_count, KMIG_LISTEN_MAX - 1);
 
 	destination = calloc(1, sizeof(*destination));
 	if (!destination)
@@ -74,7 +114,6 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 	destination->ctx = ctx;
 	destination->opts = opts;
 	destination->data = data;
-	destination->listen_fd = -1;
 	destination->control.fd = -1;
 	destination->report.size = sizeof(destination->report);
 	err = kmig_copy_sized(ctx, &destination->ops, sizeof(destination->ops), sizeof(destination->ops), ops,
@@ -91,14 +130,12 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 	}
 	if (!err && kmig_auth_init())
 		err = kmig_fail(ctx, -EIO, "destination: no randomness or no HMAC-SHA256 to be had from OpenSSL");
-	if (!err) {
-		destination->listen_fd = kmig_net_listen(ctx, opts.host ? opts.host : "127.0.0.1", opts.port);
-		if (destination->listen_fd < 0)
-			err = destination->listen_fd;
-	}
+	if (!err)
+		err = listen_on(destination, &opts);
 	/* They are the caller's, and may be gone when the engine runs. */
 	destination->opts.secret = NULL;
 	destination->opts.host = NULL;
+	destination->opts.more = NULL;
 	if (err) {
 		kmig_destination_free(destination);
 		return err;
@@ -110,8 +147,8 @@ int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opt
 int kmig_destination_address(struct kmig_destination *destination, struct sockaddr_storage *address,
 			     socklen_t *length)
 {
-	if (getsockname(destination->listen_fd, (struct sockaddr *)address, length) < 0)
-		return kmig_fail(destination->ctx, -errno, "destination: it does not listen any more");
+	if (!destination->listens || getsockname(destination->listen_fds[0], (struct sockaddr *)address, length) < 0)
+		return kmig_fail(destination->ctx, -EBADF, "destination: it does not listen any more");
 	return 0;
 }
 
@@ -125,11 +162,13 @@ void kmig_destination_abort(struct kmig_destination *destination)
 static void update_report(struct kmig_destination *destination)
 {
 	struct kmig_report *report = &destination->report;
-	uint64_t bytes = destination->state_have, data = 0, zero = 0;
+	uint64_t bytes = destination->state_have, written = 0, data = 0, zero = 0;
 
 	for (unsigned int i = 0; i < destination->receiver.channels; i++) {
 		struct kmig_receiver_channel *channel = &destination->receiver.channel[i];
 
+		/* In this order, as the former is a part of the latter. */
+		written += atomic_load(&channel->written);
 		bytes += atomic_load(&channel->bytes);
 		data += atomic_load(&channel->data_pages);
 		zero += atomic_load(&channel->zero_pages);
@@ -139,7 +178,8 @@ static void update_report(struct kmig_destination *destination)
 		report->transferred_bytes = bytes;
 		report->data_pages = data;
 		report->zero_pages = zero;
-		report->copied_bytes = bytes;
+		report->copied_bytes = bytes - written;
+		report->zerocopy_bytes = written;
 		report->rounds = atomic_load(&destination->receiver.acked);
 	}
 }
@@ -168,9 +208,9 @@ static int hello(struct kmig_destination *destination)
 {
 	int fd;
 
-	kmig_acceptor_init(&destination->acceptor, destination->ctx, destination->listen_fd, destination->abort_fd,
-			   destination->opts.timeout_ms, destination->report.page_size, destination->secret,
-			   destination->opts.secret_len);
+	kmig_acceptor_init(&destination->acceptor, destination->ctx, destination->listen_fds, destination->listens,
+			   destination->abort_fd, destination->opts.timeout_ms, destination->report.page_size,
+			   destination->secret, destination->opts.secret_len);
 	fd = kmig_acceptor_source(&destination->acceptor, &destination->session);
 	if (fd < 0)
 		return fd;
@@ -264,61 +304,155 @@ static int devices(struct kmig_destination *destination, const uint64_t *bytes, 
 	return kmig_control_send(&destination->control, LMTRACK_MSG_DEVICES_READY, NULL, 0);
 }
 
-/* While the channels come, the control connection is only listened to for an abort. */
-static int idle_control(struct kmig_destination *destination)
+/* ---- RDMA ---- */
+
+/* Why it cannot be had is for people here; the source goes on without. */
+static int offer_rdma(struct kmig_destination *destination)
+{
+	char why[KMIG_ERROR_MAX] = "it was told not to";
+	struct lmtrack_wire_rdma_offer offer = { 0 };
+	int err = -EPERM;
+
+	if (!destination->opts.no_rdma)
+		err = kmig_rdma_listen(destination->ctx, &destination->chunks, &destination->session, destination->stream,
+				       destination->channels, destination->control.fd, destination->opts.rdma_window_bytes,
+				       &destination->rdma, why);
+	if (err) {
+		kmig_log(destination->ctx, KMIG_LOG_INFO, "no RDMA for the source, which has asked for it: %s", why);
+		offer.error = htole32(-err);
+	} else {
+		offer.port = htole32(kmig_rdma_port(destination->rdma));
+		offer.window_pages = htole32(kmig_rdma_window_pages(destination->rdma));
+	}
+	return kmig_control_send(&destination->control, LMTRACK_MSG_RDMA_OFFER, &offer, sizeof(offer));
+}
+
+/* The source waits with a channel until it has an answer. */
+static int lend_window(struct kmig_destination *destination, const struct kmig_message *message)
+{
+	const struct lmtrack_wire_window *wanted = message->body;
+	struct lmtrack_wire_window window = *wanted;
+	uint64_t address;
+	uint32_t rkey;
+	int err;
+
+	if (!destination->rdma)
+		return kmig_control_unexpected(&destination->control, message);
+	err = kmig_rdma_window(destination->rdma, le32toh(wanted->channel), le32toh(wanted->region),
+			       le64toh(wanted->first), &address, &rkey);
+	if (err == -ENOENT || wanted->address || wanted->rkey || wanted->error)
+		return kmig_fail(destination->ctx, -EPROTO, "the source wants a window at page %llu of region %u for channel %u, which cannot be",
+				 (unsigned long long)le64toh(wanted->first), le32toh(wanted->region), le32toh(wanted->channel));
+	if (err)
+		kmig_log(destination->ctx, KMIG_LOG_WARNING, "memory of region %u could not be registered for RDMA: %s%s",
+			 le32toh(wanted->region), strerror(-err), err == -ENOMEM ? " (is RLIMIT_MEMLOCK too small?)" : "");
+	window.address = htole64(err ? 0 : address);
+	window.rkey = htole32(err ? 0 : rkey);
+	window.error = htole32(-err);
+	return kmig_control_send(&destination->control, LMTRACK_MSG_WINDOW, &window, sizeof(window));
+}
+
+/* Memory is as it came: no device may write to it any more, nor hold pages of it. */
+static void close_rdma(struct kmig_destination *destination)
+{
+	kmig_rdma_close(destination->rdma);
+	destination->rdma = NULL;
+	destination->receiver.rdma = NULL;
+}
+
+/* ---- Channels ---- */
+
+/*
+ * While the channels come, the control connection is only listened to for RDMA_ASK and an abort. The
+ * former, in @last_ns, is when they can begin to come.
+ */
+static int idle_control(struct kmig_destination *destination, uint64_t *last_ns)
 {
 	struct kmig_message message;
 	int n = kmig_control_next(&destination->control, &message);
 
+	if (n > 0 && message.type == LMTRACK_MSG_RDMA_ASK && !destination->asked) {
+		destination->asked = true;
+		*last_ns = kmig_now_ns();
+		return offer_rdma(destination);
+	}
 	if (n > 0)
 		return kmig_control_unexpected(&destination->control, &message);
 	return n < 0 ? n : kmig_control_check_silence(&destination->control);
+}
+
+/* A bit for each channel that has come by RDMA. */
+static uint64_t by_rdma(struct kmig_destination *destination)
+{
+	uint64_t channels = 0;
+
+	if (!destination->rdma)
+		return 0;
+	kmig_rdma_step(destination->rdma);
+	for (unsigned int i = 0; i < destination->channels; i++)
+		if (kmig_rdma_connected(destination->rdma, i))
+			channels |= 1ULL << i;
+	return channels;
+}
+
+static int close_sockets(int *sockets, unsigned int count, int err)
+{
+	for (unsigned int i = 0; i < count; i++)
+		if (sockets[i] >= 0)
+			close(sockets[i]);
+	return err;
 }
 
 static int channels(struct kmig_destination *destination)
 {
 	struct kmig_acceptor *acceptor = &destination->acceptor;
 	uint64_t last_ns = kmig_now_ns();
+	uint64_t attempts[LMTRACK_CHANNELS_MAX];
 	int sockets[LMTRACK_CHANNELS_MAX];
-	int there = 0, err = 0;
+	uint64_t there = 0, come;
+	int err = 0;
 
 	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++)
 		sockets[i] = -1;
 	for (;;) {
-		int n = kmig_acceptor_channels(acceptor, &destination->session, destination->stream, sockets,
-					       destination->channels);
-
-		if (n == (int)destination->channels)
-			break;
-		if (n > there)
+		come = there | by_rdma(destination);
+		come |= kmig_acceptor_channels(acceptor, &destination->session, destination->stream,
+					       destination->channels, come, sockets, attempts);
+		if (come != there)
 			last_ns = kmig_now_ns();
-		there = n;
+		there = come;
+		if (__builtin_popcountll(there) == (int)destination->channels)
+			break;
 		/* One that was lost, or turned away, does not come again; the source may not know. */
 		if (kmig_now_ns() - last_ns > kmig_ms(destination->opts.timeout_ms)) {
 			err = kmig_fail(destination->ctx, -ETIMEDOUT, "%d of %u data channels have come, and no other within %u ms",
-					there, destination->channels, destination->opts.timeout_ms);
+					__builtin_popcountll(there), destination->channels, destination->opts.timeout_ms);
 			break;
 		}
-		err = kmig_acceptor_poll(acceptor, destination->control.fd, TICK_MS);
+		err = kmig_acceptor_poll(acceptor, destination->control.fd, destination->rdma ? RDMA_TICK_MS : TICK_MS);
 		if (!err)
-			err = idle_control(destination);
+			err = idle_control(destination, &last_ns);
 		if (err)
 			break;
 	}
-	for (unsigned int i = 0; i < destination->channels && !err; i++)
+	for (unsigned int i = 0; i < destination->channels && !err; i++) {
+		if (sockets[i] < 0) {
+			destination->report.rdma_channels++;
+			continue;
+		}
 		err = kmig_net_set_blocking(sockets[i], true);
-	if (err) {
-		for (unsigned int i = 0; i < destination->channels; i++)
-			if (sockets[i] >= 0)
-				close(sockets[i]);
-		return err;
+		/* The source has given up on RDMA for this one: nobody else has its token. */
+		if (destination->rdma)
+			kmig_rdma_disconnect(destination->rdma, i);
 	}
+	if (err)
+		return close_sockets(sockets, destination->channels, err);
 	kmig_acceptor_close(acceptor);
-	close(destination->listen_fd);
-	destination->listen_fd = -1;
+	if (destination->rdma)
+		kmig_rdma_close_door(destination->rdma);
 
 	err = kmig_receiver_start(&destination->receiver, destination->ctx, &destination->chunks, destination->stream,
-				  sockets, destination->channels);
+				  sockets, destination->channels, destination->rdma);
 	if (!err)
 		err = kmig_verify_start(&destination->verify, &destination->receiver);
 	if (!err)
@@ -361,7 +495,7 @@ static int round_done(struct kmig_destination *destination)
 	int err;
 
 	/* Before the source hears of it: the next round's frames may follow at once. */
-	atomic_store(&receiver->acked, round);
+	kmig_receiver_next_round(receiver);
 	kmig_verify_round_done(&destination->verify);
 
 	update_report(destination);
@@ -380,6 +514,116 @@ static int round_done(struct kmig_destination *destination)
 	return err;
 }
 
+/* ---- Channels that break ---- */
+
+static int tell_channel(struct kmig_destination *destination, uint16_t type, uint32_t number, int err)
+{
+	struct kmig_receiver_channel *channel = &destination->receiver.channel[number];
+	struct lmtrack_wire_channel_change change = { .channel = htole32(number) };
+
+	if (type == LMTRACK_MSG_CHANNEL_LOST)
+		change.error = htole32(-err);
+	if (type == LMTRACK_MSG_CHANNEL_JOINED) {
+		change.round = htole32(atomic_load(&channel->from));
+		change.attempt = htole64(channel->attempt);
+	}
+	return kmig_control_send(&destination->control, type, &change, sizeof(change));
+}
+
+/* The round to come needs no channel that is not there. */
+static int advance(struct kmig_destination *destination)
+{
+	int err = 0;
+
+	if (!kmig_receiver_advance(&destination->receiver))
+		return 0;
+	for (unsigned int i = 0; i < destination->channels && !err; i++)
+		if (destination->receiver.channel[i].runs)
+			err = tell_channel(destination, LMTRACK_MSG_CHANNEL_JOINED, i, 0);
+	return err;
+}
+
+/* The source sends nothing on it any more. What it sent is not stored any more before we say so. */
+static int channel_lost(struct kmig_destination *destination, const struct lmtrack_wire_channel_change *wire)
+{
+	uint32_t number = le32toh(wire->channel), round = le32toh(wire->round);
+	uint32_t acked = atomic_load(&destination->receiver.acked);
+	int err;
+
+	if (number >= destination->channels || round < acked || round - acked > 1 || destination->prepare_round ||
+	    wire->attempt || wire->error)
+		return kmig_fail(destination->ctx, -EPROTO, "the source has lost channel %u in round %u, which cannot be", number, round);
+	if (destination->receiver.channel[number].runs) {
+		destination->report.channels_lost++;
+		kmig_log(destination->ctx, KMIG_LOG_WARNING, "data channel %u is lost", number);
+	}
+	err = kmig_receiver_drop(&destination->receiver, number, round);
+	if (!err)
+		err = advance(destination);
+	return err ? err : tell_channel(destination, LMTRACK_MSG_CHANNEL_CLOSED, number, 0);
+}
+
+static int tell_lost(struct kmig_destination *destination)
+{
+	int number, why, err = 0;
+
+	while (!err && (number = kmig_receiver_lost(&destination->receiver, destination->opts.timeout_ms, &why)) >= 0)
+		err = tell_channel(destination, LMTRACK_MSG_CHANNEL_LOST, number, why);
+	return err;
+}
+
+static bool channels_missing(const struct kmig_destination *destination)
+{
+	for (unsigned int i = 0; i < destination->channels; i++)
+		if (!destination->receiver.channel[i].runs)
+			return !destination->receiver.closed;
+	return false;
+}
+
+/* Take in those that were lost and have come back. */
+static int rejoin(struct kmig_destination *destination)
+{
+	struct kmig_receiver *receiver = &destination->receiver;
+	uint64_t attempts[LMTRACK_CHANNELS_MAX];
+	int sockets[LMTRACK_CHANNELS_MAX];
+	uint64_t there = 0, come;
+	int err = 0;
+
+	for (unsigned int i = 0; i < destination->channels; i++)
+		if (receiver->channel[i].runs)
+			there |= 1ULL << i;
+	come = kmig_acceptor_channels(&destination->acceptor, &destination->session, destination->stream,
+				      destination->channels, there, sockets, attempts);
+	for (unsigned int i = 0; i < destination->channels; i++) {
+		if (!(come >> i & 1))
+			continue;
+		/* Used before: of somebody who has listened, or given up long ago. */
+		if (err || attempts[i] <= receiver->channel[i].attempt || kmig_net_set_blocking(sockets[i], true)) {
+			close(sockets[i]);
+			continue;
+		}
+		err = kmig_receiver_join(receiver, i, sockets[i], attempts[i]);
+		destination->report.channels_rejoined += !err;
+		kmig_receiver_advance(receiver);
+		if (!err)
+			err = tell_channel(destination, LMTRACK_MSG_CHANNEL_JOINED, i, 0);
+	}
+	return err;
+}
+
+static int resumed(struct kmig_destination *destination)
+{
+	free(destination->state);
+	destination->state = NULL;
+	destination->state_total = destination->state_have = 0;
+	destination->report.device_state_bytes = 0;
+	kmig_log(destination->ctx, KMIG_LOG_WARNING, "the source had no data channel left: the guest runs on there for now");
+	enter(destination, KMIG_STATE_ITERATION);
+	return 0;
+}
+
+/* ---- What the source says ---- */
+
 static int handle(struct kmig_destination *destination, const struct kmig_message *message)
 {
 	const struct lmtrack_wire_prepare *prepare = message->body;
@@ -395,6 +639,14 @@ static int handle(struct kmig_destination *destination, const struct kmig_messag
 			break;
 		enter(destination, KMIG_STATE_BLACKOUT);
 		return 0;
+	case LMTRACK_MSG_CHANNEL_LOST:
+		return channel_lost(destination, message->body);
+	case LMTRACK_MSG_WINDOW_WANTED:
+		return lend_window(destination, message);
+	case LMTRACK_MSG_RESUMED:
+		if (destination->report.state != KMIG_STATE_BLACKOUT || destination->prepare_round)
+			break;
+		return resumed(destination);
 	case LMTRACK_MSG_PREPARE:
 		if (destination->prepare_round || destination->report.state != KMIG_STATE_BLACKOUT)
 			break;
@@ -428,6 +680,7 @@ static int check(struct kmig_destination *destination)
 				 (unsigned long long)destination->state_have, (unsigned long long)destination->state_total);
 	/* What is compared must stay as it is from here on, whatever the source still sends. */
 	kmig_receiver_close(&destination->receiver);
+	close_rdma(destination);
 	err = kmig_verify_outcome(&destination->verify, &destination->report.digests_compared);
 	if (err)
 		return err;
@@ -449,17 +702,23 @@ static int receive(struct kmig_destination *destination)
 	int n, err;
 
 	for (;;) {
-		struct pollfd fds[] = {
+		struct pollfd fds[5 + KMIG_ACCEPTOR_FDS] = {
 			{ .fd = control->fd, .events = POLLIN },
 			{ .fd = destination->abort_fd, .events = POLLIN },
 			{ .fd = destination->receiver.event_fd, .events = POLLIN },
 			{ .fd = destination->verify.workers.event_fd, .events = POLLIN },
+			{ .fd = destination->rdma ? kmig_rdma_fd(destination->rdma) : -1, .events = POLLIN },
 		};
+		bool missing = channels_missing(destination);
 
-		if (poll(fds, 4, TICK_MS) < 0 && errno != EINTR)
+		if (missing)
+			kmig_acceptor_fds(&destination->acceptor, fds + 5);
+		if (poll(fds, missing ? 5 + KMIG_ACCEPTOR_FDS : 5, TICK_MS) < 0 && errno != EINTR)
 			return kmig_fail(destination->ctx, -errno, "waiting: %s", strerror(errno));
 		if (fds[1].revents)
 			return kmig_fail(destination->ctx, -ECANCELED, "aborted");
+		if (fds[4].revents)
+			kmig_rdma_step(destination->rdma);
 		if (kmig_receiver_round_done(&destination->receiver)) {
 			err = round_done(destination);
 			if (err)
@@ -473,6 +732,10 @@ static int receive(struct kmig_destination *destination)
 		if (n < 0)
 			return n;
 		err = kmig_receiver_check(&destination->receiver);
+		if (!err)
+			err = tell_lost(destination);
+		if (!err && missing)
+			err = rejoin(destination);
 		if (err)
 			return err;
 		err = kmig_control_check_silence(control);
@@ -621,11 +884,10 @@ int kmig_destination_run(struct kmig_destination *destination)
 	kmig_acceptor_close(&destination->acceptor);
 	kmig_verify_stop(&destination->verify);
 	kmig_receiver_stop(&destination->receiver);
+	close_rdma(destination);
 	kmig_control_close(&destination->control);
 	kmig_auth_forget(&destination->session, sizeof(destination->session));
-	if (destination->listen_fd >= 0)
-		close(destination->listen_fd);
-	destination->listen_fd = -1;
+	stop_listening(destination);
 	free(destination->state);
 	destination->state = NULL;
 	/* Last: nothing touches the VM's memory any more. */
@@ -641,8 +903,7 @@ void kmig_destination_free(struct kmig_destination *destination)
 {
 	if (!destination)
 		return;
-	if (destination->listen_fd >= 0)
-		close(destination->listen_fd);
+	stop_listening(destination);
 	if (destination->abort_fd > 0)
 		close(destination->abort_fd);
 	if (destination->secret)

@@ -2,17 +2,18 @@
 /*
  * The forecast plays a migration through, round by round. By the guest's working-set curve it
  * writes W(t) distinct pages within t. A round protects each page just before it sends it, at
- * some point between its beginning and its end, so of those written meanwhile it leaves
+ * some point between its beginning and the trip before its end, when the last page has been sent
+ * and has yet to arrive. So of those written meanwhile it leaves
  *
- *	M(t) = (integral of W(u) from 0 to t) / t
+ *	M(t) = (integral of W(u) from trip to t) / (t - trip)
  *
- * dirty, and as many again were written before their turn came and go along with it. A round of
- * d pages of p bytes at a rate of r bytes/s takes
+ * dirty, and about as many again were written before their turn came and go along with it. A round
+ * of d pages of p bytes at a rate of r bytes/s takes
  *
  *	t = (d + M(t)) * p / r + trip
  *
  * but for the first, which sends everything anyway. A ceiling of c pages/s makes W(t) at most
- * c * t, and so M(t) at most c * t / 2. Pre-copy ends when what is left, and the pages held
+ * c * t, and so M(t) at most c * (t + trip) / 2. Pre-copy ends when what is left, and the pages held
  * back, fit the limit less a reserve for what else the blackout costs.
  */
 #include "forecast.h"
@@ -99,20 +100,22 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns)
 	return power_law(points[at - 1], points[at], interval_ns);
 }
 
-static double mean(const struct kmig_curve *curve, double interval_ns)
+static double mean(const struct kmig_curve *curve, double from_ns, double to_ns)
 {
 	double sum = 0;
 
+	if (from_ns > to_ns)
+		from_ns = to_ns;
 	for (int n = 0; n < STEPS; n++)
-		sum += kmig_curve_pages(curve, (n + 0.5) / STEPS * interval_ns);
+		sum += kmig_curve_pages(curve, from_ns + (n + 0.5) / STEPS * (to_ns - from_ns));
 	return sum / STEPS;
 }
 
-void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *left)
+void kmig_curve_left(const struct kmig_curve *working_set, uint64_t trip_ns, struct kmig_curve *left)
 {
 	*left = *working_set;
 	for (unsigned int i = 0; i < left->count; i++)
-		left->points[i].pages = whole(mean(working_set, left->points[i].interval_ns));
+		left->points[i].pages = whole(mean(working_set, trip_ns, left->points[i].interval_ns));
 	/*
 	 * Of a working set that is exhausted the mean still grows, ever more slowly: the law of its
 	 * last two points would not know that.
@@ -123,7 +126,7 @@ void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *le
 		if (last.interval_ns > UINT64_MAX / 4)
 			break;
 		last.interval_ns *= 4;
-		last.pages = whole(mean(working_set, last.interval_ns));
+		last.pages = whole(mean(working_set, trip_ns, last.interval_ns));
 		left->points[left->count++] = last;
 	}
 }
@@ -152,7 +155,7 @@ static double left(const struct play *play, double interval_ns, bool stunned)
 	double pages = kmig_curve_pages(play->left, interval_ns);
 
 	if (stunned && play->ceiling > 0)
-		pages = fmin(pages, play->ceiling * interval_ns / 1e9 / 2);
+		pages = fmin(pages, play->ceiling * (interval_ns + play->opts->trip_ns) / 1e9 / 2);
 	return fmin(pages, play->total_pages);
 }
 
@@ -266,7 +269,7 @@ int kmig_forecast(struct kmig_ctx *ctx, const struct kmig_forecast_opts *given, 
 		return err;
 	for (unsigned int i = 0; i < opts.points; i++)
 		kmig_curve_add(&working_set, opts.curve[i].interval_ns, opts.curve[i].pages);
-	kmig_curve_left(&working_set, &left_dirty);
+	kmig_curve_left(&working_set, opts.trip_ns, &left_dirty);
 	kmig_forecast_play(&opts, &left_dirty, &out);
 	if (out.total_ns == UINT64_MAX || out.bytes == UINT64_MAX)
 		return kmig_fail(ctx, -ERANGE, "forecast: it would take longer than 584 years or send more than 16 EiB: are rate (%g bytes/s) and memory (%llu bytes) right?",

@@ -23,10 +23,10 @@ double kmig_curve_pages(const struct kmig_curve *curve, double interval_ns);
 
 /*
  * What rounds leave dirty, of a guest with this working set. A page is protected just before it
- * is sent, somewhere between the beginning of the round and its end: it was open to writes for
- * the rest of it.
+ * is sent, somewhere between the beginning of the round and the trip before its end: it was open
+ * to writes for the rest of it.
  */
-void kmig_curve_left(const struct kmig_curve *working_set, struct kmig_curve *left);
+void kmig_curve_left(const struct kmig_curve *working_set, uint64_t trip_ns, struct kmig_curve *left);
 
 /* kmig_forecast() with options that are known to be right, but for @opts->curve by what is left. */
 void kmig_forecast_play(const struct kmig_forecast_opts *opts, const struct kmig_curve *left,

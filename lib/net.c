@@ -76,15 +76,146 @@ void kmig_net_queue_at_most(int fd, uint64_t bytes)
 	setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &most, sizeof(most));
 }
 
-static int connect_one(const struct addrinfo *address, uint64_t deadline_ns, int abort_fd)
+static int set_mark(int fd, int family, const struct kmig_net_mark *mark)
+{
+	int tos = mark ? mark->dscp << 2 : -1;	/* the rest is ECN's, which TCP keeps to itself */
+	int err = 0;
+
+	if (mark && mark->dscp >= 0) {
+		/* An IPv6 socket may turn out to speak IPv4. */
+		err = setsockopt(fd, IPPROTO_IP, IP_TOS, &tos, sizeof(tos));
+		if (family == AF_INET6)
+			err = setsockopt(fd, IPPROTO_IPV6, IPV6_TCLASS, &tos, sizeof(tos));
+	}
+	/* Last: IP_TOS sets it as well. */
+	if (!err && mark && mark->priority >= 0)
+		err = setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &mark->priority, sizeof(mark->priority));
+	return err ? -errno : 0;
+}
+
+int kmig_net_error(int fd)
+{
+	int err = 0;
+	socklen_t length = sizeof(err);
+
+	return getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &length) ? errno : err;
+}
+
+static socklen_t address_length(const struct sockaddr_storage *address)
+{
+	return address->ss_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
+}
+
+static in_port_t *address_port(struct sockaddr_storage *address)
+{
+	return address->ss_family == AF_INET6 ? &((struct sockaddr_in6 *)address)->sin6_port :
+						&((struct sockaddr_in *)address)->sin_port;
+}
+
+/* No name is looked up: that may take long, and paths are the business of who knows the hosts. */
+static int numeric(struct kmig_ctx *ctx, const char *text, struct sockaddr_storage *address)
+{
+	struct addrinfo hints = { .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST };
+	struct addrinfo *list;
+
+	if (getaddrinfo(text, NULL, &hints, &list))
+		return kmig_fail(ctx, -EINVAL, "path: '%s' is no address", text);
+	memcpy(address, list->ai_addr, list->ai_addrlen);
+	freeaddrinfo(list);
+	return 0;
+}
+
+int kmig_net_path(struct kmig_ctx *ctx, const struct kmig_path *given, struct kmig_net_path *path)
+{
+	int err = 0;
+
+	*path = (struct kmig_net_path){ .local.ss_family = AF_UNSPEC };
+	if (given->local)
+		err = numeric(ctx, given->local, &path->local);
+	if (!err && given->remote)
+		err = numeric(ctx, given->remote, &path->remote);
+	if (err)
+		return err;
+	if (given->local && given->remote && path->local.ss_family != path->remote.ss_family)
+		return kmig_fail(ctx, -EINVAL, "path: from %s to %s no connection can be made", given->local, given->remote);
+	if (given->port && !given->remote)
+		return kmig_fail(ctx, -EINVAL, "path: a port, and no address that it is of");
+	if (given->remote)
+		*address_port(&path->remote) = htons(given->port);
+	if (given->device && strlen(given->device) >= sizeof(path->device))
+		return kmig_fail(ctx, -EINVAL, "path: '%s' is no network device's name", given->device);
+	if (given->device)
+		strcpy(path->device, given->device);
+	return 0;
+}
+
+int kmig_net_path_complete(struct kmig_net_path *path, int connected)
+{
+	struct sockaddr_storage peer;
+	socklen_t length = sizeof(peer);
+
+	if (getpeername(connected, (struct sockaddr *)&peer, &length))
+		return -errno;
+	if (path->remote.ss_family == AF_UNSPEC)
+		path->remote = peer;
+	else if (!*address_port(&path->remote))
+		*address_port(&path->remote) = *address_port(&peer);
+	return 0;
+}
+
+void kmig_net_path_text(const struct kmig_net_path *path, char text[KMIG_NET_PATH_TEXT])
+{
+	char local[INET6_ADDRSTRLEN] = "", remote[INET6_ADDRSTRLEN] = "?";
+
+	if (path->local.ss_family != AF_UNSPEC)
+		getnameinfo((const struct sockaddr *)&path->local, address_length(&path->local), local, sizeof(local), NULL, 0,
+			    NI_NUMERICHOST);
+	getnameinfo((const struct sockaddr *)&path->remote, address_length(&path->remote), remote, sizeof(remote), NULL, 0,
+		    NI_NUMERICHOST);
+	snprintf(text, KMIG_NET_PATH_TEXT, "%s%s%s%s%s", local, *path->device ? "%" : "", path->device,
+		 *local || *path->device ? " to " : "", remote);
+}
+
+int kmig_net_begin(const struct kmig_net_path *path, uint32_t timeout_ms, const struct kmig_net_mark *mark)
+{
+	int fd = socket(path->remote.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int err = 0;
+
+	if (fd < 0)
+		return -errno;
+	err = set_mark(fd, path->remote.ss_family, mark);
+	/*
+	 * An address alone does not say by which device a connection leaves, where several routes lead
+	 * to its end.
+	 */
+	if (!err && *path->device)
+		err = setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, path->device, strlen(path->device));
+	if (!err && path->local.ss_family != AF_UNSPEC)
+		err = bind(fd, (const struct sockaddr *)&path->local, address_length(&path->local));
+	if (!err && connect(fd, (const struct sockaddr *)&path->remote, address_length(&path->remote)) &&
+	    errno != EINPROGRESS)
+		err = -1;
+	if (err == -1)
+		err = -errno;
+	if (err) {
+		close(fd);
+		return err;
+	}
+	kmig_net_tune(fd, timeout_ms);
+	return fd;
+}
+
+static int connect_one(const struct addrinfo *address, uint64_t deadline_ns, int abort_fd,
+		       const struct kmig_net_mark *mark)
 {
 	int fd = socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	int err = 0;
+	int err;
 	socklen_t length = sizeof(err);
 
 	if (fd < 0)
 		return -errno;
-	if (connect(fd, address->ai_addr, address->ai_addrlen) < 0) {
+	err = set_mark(fd, address->ai_family, mark);
+	if (!err && connect(fd, address->ai_addr, address->ai_addrlen) < 0) {
 		err = -errno;
 		if (err == -EINPROGRESS)
 			err = kmig_net_wait(fd, POLLOUT, deadline_ns, abort_fd);
@@ -113,7 +244,8 @@ static int resolve(struct kmig_ctx *ctx, const char *host, uint16_t port, int fl
 	return 0;
 }
 
-int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint32_t timeout_ms, int abort_fd)
+int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint32_t timeout_ms, int abort_fd,
+		     const struct kmig_net_mark *mark)
 {
 	uint64_t deadline = kmig_now_ns() + kmig_ms(timeout_ms), now;
 	struct addrinfo *list;
@@ -129,7 +261,7 @@ int kmig_net_connect(struct kmig_ctx *ctx, const char *host, uint16_t port, uint
 	/* One that does not answer leaves the others their share of the time. */
 	for (struct addrinfo *one = list; one && fd < 0 && fd != -ECANCELED; one = one->ai_next, left--) {
 		now = kmig_now_ns();
-		fd = connect_one(one, now < deadline ? now + (deadline - now) / left : deadline, abort_fd);
+		fd = connect_one(one, now < deadline ? now + (deadline - now) / left : deadline, abort_fd, mark);
 	}
 	freeaddrinfo(list);
 	if (fd == -ECANCELED)

@@ -22,6 +22,18 @@ void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts
 	*policy = (struct kmig_policy){ .opts = *opts, .trip_ns = opts->trip_ns, .predicted = -1, .best = UINT64_MAX };
 }
 
+void kmig_policy_cap(struct kmig_policy *policy, uint64_t bytes_per_second)
+{
+	bool lower = bytes_per_second && (!policy->cap || bytes_per_second < policy->cap);
+
+	/* What was measured under a lower one says nothing of what the wire can do. */
+	if (!lower && bytes_per_second != policy->cap)
+		policy->rough = policy->rate > 0;
+	policy->cap = bytes_per_second;
+	if (policy->cap && policy->rate > policy->cap)
+		policy->rate = policy->cap;
+}
+
 void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_ns, uint64_t sending_ns)
 {
 	/* The first pass looks at every page: that says nothing about those that follow. */
@@ -32,6 +44,9 @@ void kmig_policy_sent(struct kmig_policy *policy, uint64_t bytes, uint64_t took_
 		double rate = bytes * 1e9 / fmax((double)sending_ns - policy->trip_ns, sending_ns / 2.0);
 		bool faster = policy->rate > 0 && !policy->rough && rate > policy->rate;
 
+		/* It may have been lowered within the round. */
+		if (policy->cap)
+			rate = fmin(rate, policy->cap);
 		/*
 		 * A link that got slower is believed at once, one that got faster by and by, and only
 		 * if it was kept busy: what comes now and then is gone at once on any.
@@ -72,6 +87,8 @@ static void measure(struct kmig_policy *policy, const struct kmig_look *look)
 	uint64_t dirty = look->dirty - look->held;
 	double fits = budget_ns(policy) / 1e9 * policy->rate / policy->opts.page_size;
 
+	if (look->lost)
+		return;
 	/* Below what fits the blackout, being wrong has no consequences. */
 	if (policy->predicted >= 0 && dirty + fits > 0)
 		policy->error = fabs(policy->predicted - dirty) / fmax(dirty, fits);
@@ -184,14 +201,15 @@ enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmi
 	if (look->dirty < policy->best * PROGRESS) {
 		policy->best = look->dirty;
 		policy->stalled = 0;
-	} else if (++policy->stalled >= STALLED_ROUNDS && at_floor) {
+	} else if (!look->lost && ++policy->stalled >= STALLED_ROUNDS && at_floor) {
 		return give_up(policy, "what is dirty has stopped shrinking, though the guest is slowed down as far as is allowed");
 	}
 	if (!policy->timed_out && (policy->rounds >= opts->max_rounds ||
 				   (opts->max_time_ms && look->elapsed_ns >= kmig_ms(opts->max_time_ms))))
 		decision = too_long(policy);
 	forecast(policy, look);
-	if (opts->can_stun && decision == KMIG_GO_ON)
+	/* After a loss the ceiling stays as it was: it is not the guest that needs another. */
+	if (opts->can_stun && decision == KMIG_GO_ON && !look->lost)
 		slow_down(policy);
 	policy->predicted = policy->forecast.next_pages;
 	return decision;

@@ -33,6 +33,7 @@ struct kmig_policy {
 	struct kmig_curve left;		/* what rounds leave dirty when the guest is not slowed down */
 	double rate;			/* bytes a second, while sending */
 	bool rough;			/* it is of rounds too small to tell */
+	uint64_t cap;			/* of the rate; 0: none */
 	uint64_t trip_ns;		/* what a round takes beside its pages */
 	uint64_t scan_ns;		/* of the last round, but the first pass: the wire waited for pages to be found */
 	uint64_t digest_ns;		/* that digests will take in the blackout, by the engine's estimate */
@@ -53,6 +54,9 @@ struct kmig_policy {
 
 void kmig_policy_start(struct kmig_policy *policy, const struct kmig_policy_opts *opts);
 
+/* No more than so many bytes a second will be sent, 0: as many as the wire takes. */
+void kmig_policy_cap(struct kmig_policy *policy, uint64_t bytes_per_second);
+
 /*
  * A round was acknowledged: its bytes, its whole duration, and what of that was spent sending, the
  * acknowledgement's way included: the rest was scanning.
@@ -66,6 +70,7 @@ struct kmig_look {
 	uint64_t interval_ns;	/* since the round began */
 	uint64_t elapsed_ns;	/* since the migration did */
 	bool stunned;		/* somebody had to wait for the ceiling meanwhile */
+	bool lost;		/* a channel was: what it has sent is dirty again, and not by the guest */
 };
 
 enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmig_look *look);

@@ -90,8 +90,27 @@ int kmig_region_exists(const struct kmig_region *region, uint64_t chunk, uint64_
 /* Punch a range out: it reads as zero and costs nothing. */
 int kmig_region_punch(struct kmig_region *region, uint64_t offset, uint64_t length);
 
+int kmig_stream_width(struct kmig_stream *stream, uint32_t channels);
 /* @flags: of struct lmtrack_stream_send */
 int kmig_stream_send_flags(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what, uint32_t flags);
+
+/* Channels over RDMA; see LMTRACK_STREAM_ADD_RDMA and what follows it. No messages. */
+struct kmig_rdma_peer {
+	const struct sockaddr *address;
+	socklen_t address_length;
+	const void *token;
+	size_t token_bytes;
+	uint32_t window_pages;
+	uint32_t timeout_ms;
+};
+int kmig_stream_add_rdma(struct kmig_stream *stream, const struct kmig_rdma_peer *peer);	/* the channel's number */
+/* EAGAIN: it waits for no window. */
+int kmig_stream_rdma_wanted(struct kmig_stream *stream, uint32_t channel, uint32_t *region, uint64_t *first);
+int kmig_stream_rdma_window(struct kmig_stream *stream, uint32_t channel, uint32_t region, uint64_t first,
+			    uint64_t address, uint32_t rkey);
+
+/* Bytes a second of all channels together; 0: no cap. */
+int kmig_stream_cap(struct kmig_stream *stream, uint64_t bytes_per_second);
 
 /* Tracking for those who may try again: no message; and the message for when they do not. */
 uint64_t kmig_region_held(struct kmig_region *region);
@@ -144,6 +163,9 @@ static inline uint64_t kmig_bit_next_clear(const uint64_t *map, uint64_t bits, u
 
 /* The first set bit at or after @bit, or @bits. */
 uint64_t kmig_bit_next(const uint64_t *map, uint64_t bits, uint64_t bit);
+
+/* Processors that the calling thread may run on; 1 when that is not known. */
+unsigned int kmig_cpus(void);
 
 /* What this machine can still give: MemAvailable, and the limits of this process's cgroups. */
 uint64_t kmig_memory_available(void);

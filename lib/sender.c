@@ -2,20 +2,29 @@
 /*
  * The sender in user space.
  *
- * Chunk i of region r belongs to channel (i + r) mod channels in every round, as in the
- * kernel's stream: all copies of a page go through one connection, in order.
+ * The chunks of a round go out in order, each over the channel that comes for it first, as in the
+ * kernel's stream: so each channel carries as much as it can. A round begins when the last was
+ * acknowledged: a newer copy of a page never overtakes an older one.
  *
- * @lock guards the beginning and the end of a round, its result, and the statistics. It is not
- * held while anything is harvested or sent. The arrays of regions and channels do not change
- * once a round has begun.
+ * @lock guards the beginning and the end of a round, what is left of it, its result, losses and the
+ * statistics. It is not held while anything is harvested or sent. The arrays of regions and channels
+ * do not change while a round is under way.
  *
- * A failure of one channel, a cancel and the end are one thing: @error is set once, then every
+ * Fewer channels may carry than there are: the others wait until there is nothing left to come for, or
+ * one is lost, in place of which another carries then.
+ *
+ * A channel whose connection breaks is lost: it is done with the round, and the others go on. What
+ * it has sent in the round is in @flight, and is dirty again when the channel is dropped.
+ *
+ * A failure of the tracker, a cancel and the end are one thing: @error is set once, then every
  * channel is shut down, which wakes the threads that wait for room in it. They look at @error
  * every WAIT_MS besides: the sockets are the caller's as well.
  *
  * Time is divided as in the kernel's stream: a thread scans or sends, and the wire is busy while a
  * channel sends or its connection has bytes that could not leave. Channels that keep it busy are
- * counted, so that the wire's time is right for any number of them.
+ * counted, so that the wire's time is right for any number of them. Under a cap (pace.c) the wire is
+ * as fast as that: who waits for it sends, and what was sent keeps the wire busy for as long as it
+ * would take at the cap.
  *
  * MSG_ZEROCOPY: the network holds the pages until the peer has acknowledged them, then says so
  * in the socket's error queue, and whether it had to copy them after all. Where it had to once
@@ -25,6 +34,7 @@
  * poll() return at once for whoever watches the socket.
  */
 #include "net.h"
+#include "pace.h"
 #include "sender.h"
 #include "wire.h"
 
@@ -53,9 +63,14 @@ struct channel {
 	unsigned int number;
 	int sock;
 	pthread_t thread;
+	bool there;				/* not dropped: the thread runs */
+	bool stop;				/* it shall not, once it is done with the round */
+	_Atomic int error;			/* negative errno: it is lost */
+	unsigned int rank;			/* channels before it that were there when the round began */
 	uint32_t round_done;
 	bool carrying;				/* one of the sender's that carry */
 	uint64_t seq;
+	unsigned int pages;			/* of data, in the frame that is about to be sent */
 	struct kmig_channel_stats stats;	/* under @lock */
 
 	bool zerocopy;
@@ -67,9 +82,18 @@ struct channel {
 	struct iovec vec[EXTENTS];
 };
 
+/*
+ * What a round has sent of a chunk; what an earlier one has sent has arrived. @round is written last:
+ * who drops a channel looks while others send, and must not find it beside the channel of an earlier.
+ */
+struct flight {
+	uint32_t round, channel;
+	uint64_t pages[KMIG_CHUNK_WORDS];
+};
+
 /* What one channel has done in one round. */
 struct count {
-	uint64_t data, zero, bytes, send_ns;
+	uint64_t data, zero, bytes, send_ns, idle_ns;
 };
 
 struct kmig_sender {
@@ -77,9 +101,11 @@ struct kmig_sender {
 	kmig_harvest_fn harvest;
 	uint64_t *sent[LMTRACK_REGIONS_MAX];	/* whole chunks, so that no two share a word */
 	uint64_t *hold[LMTRACK_REGIONS_MAX];	/* likewise; NULL: no page of the region is held back */
+	struct flight *flight[LMTRACK_REGIONS_MAX];	/* for each chunk; of whose channel it is */
 	struct channel *channels[LMTRACK_CHANNELS_MAX];
 	unsigned int count;
-	int event_fd;
+	int event_fd;				/* readable: the round has ended, or a channel is lost */
+	struct kmig_pace pace;			/* its lock is the innermost */
 
 	pthread_mutex_t lock;
 	pthread_cond_t work;
@@ -87,6 +113,10 @@ struct kmig_sender {
 	enum kmig_send_what what;
 	unsigned int flags;
 	uint64_t begin_ns;
+	unsigned int width;			/* so many channels are to carry */
+	unsigned int gone;			/* and so many more: others were lost in the round */
+	unsigned int region;			/* the next chunk that nobody has come for */
+	uint64_t chunk;
 	unsigned int running;			/* channels that have not finished it */
 	bool stop;
 	_Atomic int error;			/* negative errno: it has failed for good */
@@ -97,6 +127,21 @@ struct kmig_sender {
 	unsigned int carrying;			/* channels that keep the wire busy */
 	uint64_t carrying_since;
 };
+
+/* It is done with the round, the others go on. */
+static void lose(struct channel *channel, int err)
+{
+	pthread_mutex_lock(&channel->sender->lock);
+	if (!channel->error) {
+		channel->error = err;
+		channel->sender->gone++;
+		pthread_cond_broadcast(&channel->sender->work);
+	}
+	pthread_mutex_unlock(&channel->sender->lock);
+	shutdown(channel->sock, SHUT_RDWR);
+	kmig_pace_wake(&channel->sender->pace);
+	eventfd_write(channel->sender->event_fd, 1);
+}
 
 /* The first failure counts; it ends all channels, and so the round. */
 static void fail(struct kmig_sender *sender, int number, int err, const char *text)
@@ -109,10 +154,14 @@ static void fail(struct kmig_sender *sender, int number, int err, const char *te
 		sender->error = err;
 		sender->error_channel = number;
 		snprintf(sender->text, sizeof(sender->text), "%s", text);
+		pthread_cond_broadcast(&sender->work);
 	}
-	pthread_mutex_unlock(&sender->lock);
+	/* With the lock held: the socket of one that is dropped is the caller's to close. */
 	for (unsigned int i = 0; first && i < sender->count; i++)
-		shutdown(sender->channels[i]->sock, SHUT_RDWR);
+		if (sender->channels[i]->there)
+			shutdown(sender->channels[i]->sock, SHUT_RDWR);
+	pthread_mutex_unlock(&sender->lock);
+	kmig_pace_wake(&sender->pace);
 }
 
 /* ---- Time ---- */
@@ -157,6 +206,8 @@ static bool pending(const struct channel *channel)
 	int unsent = 0, segment = 0;
 	socklen_t length = sizeof(segment);
 
+	if (kmig_pace_busy(&channel->sender->pace))
+		return true;
 	if (ioctl(channel->sock, SIOCOUTQNSD, &unsent) ||
 	    getsockopt(channel->sock, IPPROTO_TCP, TCP_MAXSEG, &segment, &length))
 		return false;
@@ -212,7 +263,12 @@ static void reap(struct channel *channel)
 
 /* ---- Sockets ---- */
 
-static int lost(struct channel *channel)
+static int given_up(const struct channel *channel)
+{
+	return channel->sender->error ? channel->sender->error : channel->error;
+}
+
+static int broken(struct channel *channel)
 {
 	int err = 0;
 	socklen_t length = sizeof(err);
@@ -226,13 +282,13 @@ static int wait_for(struct channel *channel, short events)
 {
 	struct pollfd fd = { .fd = channel->sock, .events = events };
 
-	if (channel->sender->error)
-		return channel->sender->error;
+	if (given_up(channel))
+		return given_up(channel);
 	if (poll(&fd, 1, WAIT_MS) < 0 && errno != EINTR)
 		return -errno;
 	reap(channel);
 	/* Also when nothing is to be sent any more, and only completions are waited for. */
-	return fd.revents & POLLHUP ? lost(channel) : 0;
+	return fd.revents & POLLHUP ? broken(channel) : 0;
 }
 
 static bool can_zerocopy(const struct channel *channel)
@@ -301,6 +357,24 @@ static int push(struct channel *channel, struct iovec *vec, unsigned int count, 
 
 /* ---- Frames ---- */
 
+/* Pages of data that may go in one frame. */
+static unsigned int most_pages(const struct kmig_sender *sender)
+{
+	uint64_t pages = kmig_pace_piece(&sender->pace) / sender->tracker->config.regions[0]->page_size;
+
+	return !pages ? 1 : pages < LMTRACK_CHUNK_PAGES ? pages : LMTRACK_CHUNK_PAGES;
+}
+
+/* Is there no point in waiting until its frame may be sent? EAGAIN: that has become too large. */
+static int frame_over(const void *data)
+{
+	const struct channel *channel = data;
+
+	if (given_up(channel))
+		return given_up(channel);
+	return channel->pages > most_pages(channel->sender) ? -EAGAIN : 0;
+}
+
 /* The frame begun in @channel->frame's place: header and table, then what @vec holds. */
 static int send_frame(struct channel *channel, struct kmig_frame *frame, unsigned int pages, struct count *count)
 {
@@ -309,9 +383,14 @@ static int send_frame(struct channel *channel, struct kmig_frame *frame, unsigne
 		{ &channel->frame, sizeof(channel->frame) },
 		{ channel->table, frame->extents * sizeof(channel->table[0]) },
 	};
+	uint64_t bytes = vec[0].iov_len + vec[1].iov_len + frame->payload;
 	bool last = frame->type == LMTRACK_FRAME_ROUND_END;
 	int err;
 
+	channel->pages = frame->type == LMTRACK_FRAME_DATA ? pages : 0;
+	err = kmig_pace_pay(&sender->pace, bytes, frame_over, channel);
+	if (err)
+		return err;
 	frame->stream = sender->tracker->config.stream;
 	frame->channel = channel->number;
 	frame->round = sender->number;
@@ -323,7 +402,7 @@ static int send_frame(struct channel *channel, struct kmig_frame *frame, unsigne
 	if (err)
 		return err;
 
-	count->bytes += sizeof(channel->frame) + frame->extents * sizeof(channel->table[0]) + frame->payload;
+	count->bytes += bytes;
 	pthread_mutex_lock(&sender->lock);
 	channel->stats.frames++;
 	if (frame->type == LMTRACK_FRAME_DATA) {
@@ -336,38 +415,60 @@ static int send_frame(struct channel *channel, struct kmig_frame *frame, unsigne
 	return 0;
 }
 
-/* One frame with these pages of a chunk, as data or as zeroes. */
-static int send_extents(struct channel *channel, uint8_t type, unsigned int index, uint64_t chunk, const uint64_t *bits,
-			struct count *count)
+/* The table of @frame, and what it names: of the pages from @*next on so many at most. Returns how many. */
+static unsigned int fill_frame(struct channel *channel, struct kmig_frame *frame, const struct kmig_region *region,
+			       uint64_t chunk, const uint64_t *bits, uint64_t *next, unsigned int most)
 {
-	const struct kmig_region *region = channel->sender->tracker->config.regions[index];
-	struct kmig_frame frame = { .type = type, .region = index };
 	unsigned int pages = 0;
+	uint64_t from, to;
 
-	for (uint64_t from = kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, 0), to; from < LMTRACK_CHUNK_PAGES;
+	for (from = *next; from < LMTRACK_CHUNK_PAGES && pages < most;
 	     from = kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, to)) {
 		uint64_t first = chunk * LMTRACK_CHUNK_PAGES + from;
 
 		to = kmig_bit_next_clear(bits, LMTRACK_CHUNK_PAGES, from);
-		channel->vec[frame.extents] = (struct iovec){
+		if (to - from > most - pages)
+			to = from + most - pages;
+		channel->vec[frame->extents] = (struct iovec){
 			(uint8_t *)region->map + first * region->page_size,
 			(to - from) * region->page_size,
 		};
-		channel->table[frame.extents++] = (struct lmtrack_wire_extent){
+		channel->table[frame->extents++] = (struct lmtrack_wire_extent){
 			.first = htole64(first),
 			.pages = htole32(to - from),
 		};
 		pages += to - from;
 	}
-	if (!pages)
-		return 0;
-	if (type == LMTRACK_FRAME_DATA) {
-		frame.payload = pages * region->page_size;
-		count->data += pages;
-	} else {
-		count->zero += pages;
+	*next = from;
+	return pages;
+}
+
+/* These pages of a chunk, as data or as zeroes: in one frame, unless a cap wants smaller ones. */
+static int send_extents(struct channel *channel, uint8_t type, unsigned int index, uint64_t chunk, const uint64_t *bits,
+			struct count *count)
+{
+	const struct kmig_region *region = channel->sender->tracker->config.regions[index];
+	uint64_t next = kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, 0);
+	bool data = type == LMTRACK_FRAME_DATA;
+	int err = 0;
+
+	while (next < LMTRACK_CHUNK_PAGES && !err) {
+		struct kmig_frame frame = { .type = type, .region = index };
+		unsigned int most = data ? most_pages(channel->sender) : LMTRACK_CHUNK_PAGES;
+		uint64_t first = next;
+		unsigned int pages = fill_frame(channel, &frame, region, chunk, bits, &next, most);
+
+		frame.payload = data ? pages * region->page_size : 0;
+		err = send_frame(channel, &frame, pages, count);
+		if (!err)
+			*(data ? &count->data : &count->zero) += pages;
+		/* The cap was lowered while it waited. */
+		if (err == -EAGAIN) {
+			next = first;
+			err = 0;
+		}
 	}
-	return send_frame(channel, &frame, pages, count);
+	return err;
 }
 
 static bool is_zero(const uint8_t *page, uint32_t size)
@@ -418,47 +519,89 @@ static bool empty(const uint64_t *bits)
 	return kmig_bit_next(bits, LMTRACK_CHUNK_PAGES, 0) == LMTRACK_CHUNK_PAGES;
 }
 
-/* The chunks of one region that belong to this channel; @harvesting: a failure is the tracker's. */
-static int send_region(struct channel *channel, unsigned int index, struct count *count, bool *harvesting)
+static bool carries(const struct channel *channel)
+{
+	return channel->rank < channel->sender->width + channel->sender->gone;
+}
+
+/*
+ * The next chunk of the round, which is this channel's then, once it is to carry; false: there is
+ * none left, or it has been given up.
+ */
+static bool next_chunk(struct channel *channel, unsigned int *region, uint64_t *chunk, struct count *count)
 {
 	struct kmig_sender *sender = channel->sender;
-	uint64_t chunks = kmig_region_chunks(sender->tracker->config.regions[index]);
+	const struct kmig_tracker_config *config = &sender->tracker->config;
+	uint64_t begin = 0;
+	bool got;
+
+	pthread_mutex_lock(&sender->lock);
+	if (!carries(channel)) {
+		pthread_mutex_unlock(&sender->lock);
+		begin = rest(channel);
+		pthread_mutex_lock(&sender->lock);
+	}
+	while (!carries(channel) && sender->region < config->count && !given_up(channel))
+		pthread_cond_wait(&sender->work, &sender->lock);
+	if (begin)
+		count->idle_ns += kmig_now_ns() - begin;
+	got = sender->region < config->count && !given_up(channel);
+	if (got) {
+		*region = sender->region;
+		*chunk = sender->chunk++;
+		if (sender->chunk == kmig_region_chunks(config->regions[*region])) {
+			sender->region++;
+			sender->chunk = 0;
+		}
+		if (sender->region == config->count)
+			pthread_cond_broadcast(&sender->work);
+	}
+	pthread_mutex_unlock(&sender->lock);
+	return got;
+}
+
+/* Take what is dirty in the chunk, and send it; @harvesting: a failure is the tracker's. */
+static int send_from(struct channel *channel, unsigned int index, uint64_t chunk, struct count *count, bool *harvesting)
+{
+	struct kmig_sender *sender = channel->sender;
 	const uint64_t *hold = kmig_sender_left_out(sender->tracker, index, sender->what, sender->flags);
+	struct flight *flight = &sender->flight[index][chunk];
 	struct kmig_harvest harvest = {
 		.mode = sender->what == KMIG_SEND_ALL ? KMIG_HARVEST_ALL : KMIG_HARVEST_DIRTY,
 		.region = index,
+		.chunk = chunk,
 	};
-	int err = 0;
+	int err;
 
-	for (uint64_t chunk = (channel->number + sender->count - index % sender->count) % sender->count;
-	     chunk < chunks && !err; chunk += sender->count) {
-		if (sender->error)
-			return sender->error;
-		if (channel->carrying && !pending(channel))
-			rest(channel);
-		harvest.chunk = chunk;
-		memcpy(harvest.sent, sender->sent[index] + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.sent));
-		if (hold)
-			memcpy(harvest.hold, hold + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.hold));
-		*harvesting = true;
-		err = sender->harvest(sender->tracker, &harvest);
-		if (err)
-			return err;
-		*harvesting = false;
-		if (!empty(harvest.take))
-			err = send_chunk(channel, &harvest, count);
-	}
-	return err;
+	if (channel->carrying && !pending(channel))
+		rest(channel);
+	memcpy(harvest.sent, sender->sent[index] + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.sent));
+	if (hold)
+		memcpy(harvest.hold, hold + chunk * KMIG_CHUNK_WORDS, sizeof(harvest.hold));
+	*harvesting = true;
+	err = sender->harvest(sender->tracker, &harvest);
+	if (err)
+		return err;
+	*harvesting = false;
+	if (empty(harvest.take))
+		return 0;
+	memcpy(flight->pages, harvest.take, sizeof(flight->pages));
+	__atomic_store_n(&flight->channel, channel->number, __ATOMIC_RELAXED);
+	__atomic_store_n(&flight->round, sender->number, __ATOMIC_RELEASE);
+	return send_chunk(channel, &harvest, count);
 }
 
 static int send_round(struct channel *channel, struct count *count, bool *harvesting)
 {
 	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END };
-	uint64_t begin;
+	unsigned int region;
+	uint64_t begin, chunk;
 	int err = 0;
 
-	for (unsigned int i = 0; i < channel->sender->tracker->config.count && !err; i++)
-		err = send_region(channel, i, count, harvesting);
+	while (!err && next_chunk(channel, &region, &chunk, count))
+		err = send_from(channel, region, chunk, count, harvesting);
+	if (!err)
+		err = given_up(channel);
 	if (err)
 		return err;
 	end.arg = count->data + count->zero;
@@ -493,7 +636,7 @@ static void *channel_main(void *data)
 	struct kmig_sender *sender = channel->sender;
 
 	pthread_mutex_lock(&sender->lock);
-	while (!sender->stop) {
+	for (;;) {
 		struct count count = { 0 };
 		bool harvesting = false;
 		char text[KMIG_ERROR_MAX] = "";
@@ -501,6 +644,9 @@ static void *channel_main(void *data)
 		int err;
 
 		if (sender->number == channel->round_done) {
+			/* A round that has begun needs every channel to say that it is done. */
+			if (sender->stop || channel->stop)
+				break;
 			pthread_cond_wait(&sender->work, &sender->lock);
 			continue;
 		}
@@ -509,16 +655,17 @@ static void *channel_main(void *data)
 
 		begin = kmig_now_ns();
 		err = send_round(channel, &count, &harvesting);
-		/* Only a tracker has said what happened; an errno from the network speaks for itself. */
-		if (err && harvesting)
+		if (err && harvesting) {
 			kmig_copy_error(sender->tracker->config.ctx, text);
-		if (err)
 			fail(sender, channel->number, err, text);
+		} else if (err && !sender->error) {
+			lose(channel, err);
+		}
 		/* What its connection still has will be gone when the peer says that it has all. */
 		took = rest(channel) - begin;
 
 		pthread_mutex_lock(&sender->lock);
-		sender->times.harvest_ns += took - count.send_ns;
+		sender->times.harvest_ns += took - count.send_ns - count.idle_ns;
 		sender->times.send_ns += count.send_ns;
 		round_done(sender, &count);
 	}
@@ -545,13 +692,16 @@ int kmig_sender_new(struct kmig_tracker *tracker, kmig_harvest_fn harvest)
 	sender->tracker = tracker;
 	sender->harvest = harvest;
 	sender->error_channel = -1;
+	sender->width = LMTRACK_CHANNELS_MAX;
 	pthread_mutex_init(&sender->lock, NULL);
 	pthread_cond_init(&sender->work, NULL);
+	kmig_pace_init(&sender->pace);
 	sender->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	ok = sender->event_fd >= 0;
 	for (unsigned int i = 0; i < config->count && ok; i++) {
 		sender->sent[i] = new_bitmap(config->regions[i]);
-		ok = sender->sent[i];
+		sender->flight[i] = calloc(kmig_region_chunks(config->regions[i]), sizeof(*sender->flight[i]));
+		ok = sender->sent[i] && sender->flight[i];
 	}
 	if (ok)
 		return 0;
@@ -571,22 +721,25 @@ void kmig_sender_free(struct kmig_tracker *tracker)
 	pthread_cond_broadcast(&sender->work);
 	pthread_mutex_unlock(&sender->lock);
 	for (unsigned int i = 0; i < sender->count; i++) {
-		pthread_join(sender->channels[i]->thread, NULL);
+		if (sender->channels[i]->there)
+			pthread_join(sender->channels[i]->thread, NULL);
 		free(sender->channels[i]);
 	}
 	for (unsigned int i = 0; i < tracker->config.count; i++) {
 		free(sender->sent[i]);
+		free(sender->flight[i]);
 		free(sender->hold[i]);
 	}
 	if (sender->event_fd >= 0)
 		close(sender->event_fd);
+	kmig_pace_destroy(&sender->pace);
 	pthread_cond_destroy(&sender->work);
 	pthread_mutex_destroy(&sender->lock);
 	free(sender);
 	tracker->sender = NULL;
 }
 
-int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock)
+static int start_channel(struct kmig_tracker *tracker, uint32_t number, int sock, struct channel **out)
 {
 	struct kmig_sender *sender = tracker->sender;
 	struct channel *channel = calloc(1, sizeof(*channel));
@@ -595,16 +748,127 @@ int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock)
 	if (!channel)
 		return kmig_fail(tracker->config.ctx, -ENOMEM, "sender: out of memory");
 	channel->sender = sender;
-	channel->number = sender->count;
+	channel->number = number;
 	channel->sock = sock;
+	channel->there = true;
+	channel->round_done = sender->number;
 	/* A kernel or a socket that cannot is one that copies. */
 	channel->zerocopy = !setsockopt(sock, SOL_SOCKET, SO_ZEROCOPY, &one, sizeof(one));
 	if (kmig_thread_start(&channel->thread, channel_main, channel)) {
 		free(channel);
-		return kmig_fail(tracker->config.ctx, -EAGAIN, "sender: no thread for channel %u", sender->count);
+		return kmig_fail(tracker->config.ctx, -EAGAIN, "sender: no thread for channel %u", number);
 	}
-	sender->channels[sender->count++] = channel;
+	*out = channel;
 	return 0;
+}
+
+/* With @lock held: those that are lost, and were not dropped. */
+static uint64_t lost_channels(const struct kmig_sender *sender)
+{
+	uint64_t lost = 0;
+
+	for (unsigned int i = 0; i < sender->count; i++)
+		if (sender->channels[i]->there && sender->channels[i]->error)
+			lost |= 1ULL << i;
+	return lost;
+}
+
+/* With @lock held: how many channels there are; they are to send. */
+static unsigned int rank_channels(struct kmig_sender *sender)
+{
+	unsigned int n = 0;
+
+	for (unsigned int i = 0; i < sender->count; i++)
+		if (sender->channels[i]->there)
+			sender->channels[i]->rank = n++;
+	return n;
+}
+
+int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock)
+{
+	struct kmig_sender *sender = tracker->sender;
+	int err = start_channel(tracker, sender->count, sock, &sender->channels[sender->count]);
+
+	if (!err)
+		sender->count++;
+	return err;
+}
+
+/* What the channel has sent in the last round is dirty again, and the destination may have it. */
+static void take_back(struct kmig_sender *sender, uint32_t number)
+{
+	for (unsigned int i = 0; i < sender->tracker->config.count; i++) {
+		struct kmig_region *region = sender->tracker->config.regions[i];
+
+		for (uint64_t chunk = 0; chunk < kmig_region_chunks(region); chunk++) {
+			const struct flight *flight = &sender->flight[i][chunk];
+			uint64_t at = chunk * KMIG_CHUNK_WORDS;
+
+			if (__atomic_load_n(&flight->round, __ATOMIC_ACQUIRE) != sender->number ||
+			    __atomic_load_n(&flight->channel, __ATOMIC_RELAXED) != number)
+				continue;
+			for (unsigned int word = 0; word < KMIG_CHUNK_WORDS; word++) {
+				__atomic_fetch_or(&sender->sent[i][at + word], flight->pages[word], __ATOMIC_RELAXED);
+				__atomic_fetch_or(&region->discarded[at + word], flight->pages[word], __ATOMIC_ACQ_REL);
+			}
+		}
+	}
+}
+
+int kmig_sender_drop_channel(struct kmig_tracker *tracker, uint32_t number, int *why)
+{
+	struct kmig_sender *sender = tracker->sender;
+	struct channel *channel = number < sender->count ? sender->channels[number] : NULL;
+	eventfd_t events;
+
+	if (sender->error)
+		return -EPIPE;
+	if (!channel || !channel->there)
+		return kmig_fail(tracker->config.ctx, -EINVAL, "sender: there is no channel %u to be dropped", number);
+	lose(channel, -ECANCELED);
+	pthread_mutex_lock(&sender->lock);
+	channel->stop = true;
+	pthread_cond_broadcast(&sender->work);
+	pthread_mutex_unlock(&sender->lock);
+	pthread_join(channel->thread, NULL);
+	take_back(sender, number);
+	*why = channel->error;
+
+	pthread_mutex_lock(&sender->lock);
+	channel->there = false;
+	eventfd_read(sender->event_fd, &events);
+	if (!sender->running || lost_channels(sender))
+		eventfd_write(sender->event_fd, 1);
+	pthread_mutex_unlock(&sender->lock);
+	return 0;
+}
+
+int kmig_sender_replace_channel(struct kmig_tracker *tracker, uint32_t number, int sock)
+{
+	struct kmig_sender *sender = tracker->sender;
+	struct channel *before = number < sender->count ? sender->channels[number] : NULL, *channel;
+	int err;
+
+	if (!before || before->there || sender->running)
+		return kmig_fail(tracker->config.ctx, -EINVAL, "sender: channel %u is not to be replaced", number);
+	err = start_channel(tracker, number, sock, &channel);
+	if (err)
+		return err;
+	channel->stats = before->stats;
+	sender->channels[number] = channel;
+	free(before);
+	return 0;
+}
+
+uint64_t kmig_sender_lost(struct kmig_tracker *tracker)
+{
+	struct kmig_sender *sender = tracker->sender;
+	uint64_t lost;
+
+	pthread_mutex_lock(&sender->lock);
+	lost = lost_channels(sender);
+	pthread_mutex_unlock(&sender->lock);
+	return lost;
 }
 
 int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags)
@@ -614,20 +878,25 @@ int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_sen
 	int err = 0;
 
 	pthread_mutex_lock(&sender->lock);
-	if (sender->error)
+	if (sender->error || lost_channels(sender))
 		err = -EPIPE;
 	else if (sender->running)
 		err = -EBUSY;
 	else if (!sender->count || round <= sender->number)
 		err = -EINVAL;
 	if (!err) {
+		sender->running = rank_channels(sender);
+		err = sender->running ? 0 : -EPIPE;
+	}
+	if (!err) {
+		sender->gone = 0;
+		sender->region = sender->chunk = 0;
 		eventfd_read(sender->event_fd, &ended);
 		sender->result = (struct kmig_round){ .round = round };
 		sender->times = (struct kmig_round_times)KMIG_ROUND_TIMES_INIT;
 		sender->what = what;
 		sender->flags = flags;
 		sender->begin_ns = kmig_now_ns();
-		sender->running = sender->count;
 		sender->number = round;
 		pthread_cond_broadcast(&sender->work);
 	}
@@ -635,9 +904,31 @@ int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_sen
 	return err ? kmig_fail(tracker->config.ctx, err, "round %u could not begin: %s", round, strerror(-err)) : 0;
 }
 
+int kmig_sender_width(struct kmig_tracker *tracker, unsigned int channels)
+{
+	struct kmig_sender *sender = tracker->sender;
+
+	pthread_mutex_lock(&sender->lock);
+	sender->width = channels;
+	pthread_cond_broadcast(&sender->work);
+	pthread_mutex_unlock(&sender->lock);
+	return 0;
+}
+
 int kmig_sender_fd(const struct kmig_tracker *tracker)
 {
 	return tracker->sender->event_fd;
+}
+
+bool kmig_sender_sends(const struct kmig_tracker *tracker)
+{
+	struct kmig_sender *sender = tracker->sender;
+	bool sends;
+
+	pthread_mutex_lock(&sender->lock);
+	sends = sender->running;
+	pthread_mutex_unlock(&sender->lock);
+	return sends;
 }
 
 int kmig_sender_wait(struct kmig_tracker *tracker, struct kmig_round *round)
@@ -707,6 +998,12 @@ int kmig_sender_channel_stats(struct kmig_tracker *tracker, uint32_t channel, st
 	pthread_mutex_lock(&sender->lock);
 	*stats = sender->channels[channel]->stats;
 	pthread_mutex_unlock(&sender->lock);
+	return 0;
+}
+
+int kmig_sender_cap(struct kmig_tracker *tracker, uint64_t bytes_per_second)
+{
+	kmig_pace_set(&tracker->sender->pace, bytes_per_second);
 	return 0;
 }
 

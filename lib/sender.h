@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The sender in user space: what the kernel's stream does, for trackers that are not the
- * kernel's. A thread for each channel goes through the chunks that are its own, has each
- * harvested by the tracker, and sends what that gives at once.
+ * kernel's. A thread for each channel comes for one chunk after the other, has each harvested by the
+ * tracker, and sends what that gives at once.
  */
 #ifndef KMIG_SENDER_H
 #define KMIG_SENDER_H
@@ -29,7 +29,7 @@ struct kmig_harvest {
 };
 
 /*
- * Called by the sender's threads, each for its own chunks; to look, by the engine's at any time.
+ * Called by the sender's threads, for each chunk by one of them; to look, by the engine's at any time.
  * From its return on, a write to what was taken is noticed anew: only then is memory read. 0 or
  * a negative errno, with the message set.
  */
@@ -42,14 +42,20 @@ void kmig_sender_free(struct kmig_tracker *tracker);
 
 /* These are the functions of the same names in the tracker's table. */
 int kmig_sender_add_channel(struct kmig_tracker *tracker, int sock);
+uint64_t kmig_sender_lost(struct kmig_tracker *tracker);
+int kmig_sender_drop_channel(struct kmig_tracker *tracker, uint32_t channel, int *why);
+int kmig_sender_replace_channel(struct kmig_tracker *tracker, uint32_t channel, int sock);
 int kmig_sender_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags);
+int kmig_sender_width(struct kmig_tracker *tracker, unsigned int channels);
 int kmig_sender_fd(const struct kmig_tracker *tracker);
 int kmig_sender_wait(struct kmig_tracker *tracker, struct kmig_round *round);
 void kmig_sender_times(struct kmig_tracker *tracker, struct kmig_round_times *times);
 void kmig_sender_cancel(struct kmig_tracker *tracker);
 int kmig_sender_peek(struct kmig_tracker *tracker, unsigned int region, uint64_t *bitmap, uint64_t *found);
+bool kmig_sender_sends(const struct kmig_tracker *tracker);	/* a round has not ended */
 uint64_t kmig_sender_held(struct kmig_tracker *tracker);	/* none: it is not known here */
 int kmig_sender_channel_stats(struct kmig_tracker *tracker, uint32_t channel, struct kmig_channel_stats *stats);
+int kmig_sender_cap(struct kmig_tracker *tracker, uint64_t bytes_per_second);
 int kmig_sender_hold(struct kmig_tracker *tracker, unsigned int region, const uint64_t *bitmap);
 
 /* The pages of a region that a round of this kind leaves out, whole chunks; NULL: none. */

@@ -7,6 +7,7 @@
  * Who may run the guest: until COMMIT has been handed to the network whole, we. From then on
  * the destination, unless it tells us that it has not run it and never will.
  */
+#include "channels.h"
 #include "control.h"
 #include "hot.h"
 #include "net.h"
@@ -14,6 +15,7 @@
 #include "report.h"
 #include "source_digest.h"
 #include "tracker.h"
+#include "width.h"
 
 #include <math.h>
 #include <openssl/rand.h>
@@ -34,9 +36,9 @@
  * sleeps meanwhile.
  */
 #define QUEUE_MS 5
-#define QUEUE_BYTES_FIRST (256u << 10)	/* while the rate is not known */
 #define QUEUE_BYTES_MIN (64u << 10)
 #define NEEDS_MAX 4		/* digests that are asked for again, at most so often */
+#define CHANNELS_GONE (-ENOLINK)	/* no failure: the guest is paused, and has to run again */
 
 struct kmig_source {
 	struct kmig_ctx *ctx;
@@ -44,6 +46,7 @@ struct kmig_source {
 	struct kmig_source_ops ops;
 	void *data;
 	char *host;
+	struct kmig_net_path paths[KMIG_PATHS_MAX];
 	void *secret;
 	int abort_fd;
 	bool used;
@@ -58,7 +61,12 @@ struct kmig_source {
 	bool digesting;
 	struct kmig_tracker *tracker;
 	uint64_t stream_id;
-	int sockets[LMTRACK_CHANNELS_MAX];
+	struct kmig_channels channels;
+	_Atomic uint64_t max_bandwidth;		/* as asked for; by any thread, at any time */
+	uint64_t cap;				/* the one in effect */
+	bool widening;				/* it is to be found out how many of them it takes */
+	struct kmig_width width;
+	uint32_t width_changes;			/* channels lost or back when it was last looked at */
 
 	uint32_t round, acked;
 	uint64_t round_begin_ns, round_sent_ns;	/* the latter when the tracker had begun it */
@@ -66,6 +74,7 @@ struct kmig_source {
 	uint64_t pages_before;			/* sent in earlier rounds */
 	bool sending;				/* the tracker has not finished the round */
 	bool channels_ready, ready, need;	/* CHANNELS_READY, READY, NEED have come */
+	bool asked_rdma, offered;		/* RDMA_ASK was sent, RDMA_OFFER has come */
 	struct kmig_policy policy;
 	struct kmig_hot hot;
 	uint64_t trip_ns;			/* of a question and its answer on the control connection */
@@ -76,6 +85,7 @@ struct kmig_source {
 	unsigned int probed;			/* points of it */
 	bool stunned;				/* the tracker slows the guest down */
 	uint64_t stuns;				/* when last looked at */
+	uint32_t lost_seen;			/* channels, likewise */
 	bool paused, committed;
 	uint64_t paused_ns;
 	uint64_t lap_ns;			/* when the last part of the downtime ended */
@@ -87,6 +97,12 @@ struct kmig_source {
 
 /* ---- Set-up ---- */
 
+static bool is_bandwidth(uint64_t bytes_per_second)
+{
+	return !bytes_per_second ||
+	       (bytes_per_second >= LMTRACK_STREAM_RATE_MIN && bytes_per_second <= LMTRACK_STREAM_RATE_MAX);
+}
+
 static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
 {
 	if (!opts->host || !*opts->host)
@@ -94,8 +110,9 @@ static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
 	if (!opts->secret || opts->secret_len < KMIG_SECRET_MIN)
 		return kmig_fail(ctx, -EINVAL, "source: the shared secret has %zu bytes, at least %d are needed",
 				 opts->secret ? opts->secret_len : 0, KMIG_SECRET_MIN);
-	if (!opts->channels || opts->channels > LMTRACK_CHANNELS_MAX)
-		return kmig_fail(ctx, -EINVAL, "source: %u channels, give 1 to %d", opts->channels, LMTRACK_CHANNELS_MAX);
+	if (opts->channels > LMTRACK_CHANNELS_MAX)
+		return kmig_fail(ctx, -EINVAL, "source: %u channels, give 1 to %d, or 0 for as many as it takes", opts->channels,
+				 LMTRACK_CHANNELS_MAX);
 	if (!opts->downtime_ms || opts->downtime_ms > 60000)
 		return kmig_fail(ctx, -EINVAL, "source: a downtime of %u ms, give 1 to 60000", opts->downtime_ms);
 	if (!opts->max_rounds || opts->max_rounds > 10000)
@@ -108,11 +125,23 @@ static int check_opts(struct kmig_ctx *ctx, const struct kmig_source_opts *opts)
 		return kmig_fail(ctx, -EINVAL, "source: rounds must shrink to a fraction between 0 and 1, not %g", opts->convergence);
 	if (!(opts->stun_floor >= 1) || isinf(opts->stun_floor))
 		return kmig_fail(ctx, -EINVAL, "source: a floor of %g pages a second, give at least 1", opts->stun_floor);
+	if (opts->transport > KMIG_TRANSPORT_RDMA)
+		return kmig_fail(ctx, -EINVAL, "source: no transport is known by number %d", opts->transport);
 	if (opts->max_time_ms > UINT64_MAX / 1000000)
 		return kmig_fail(ctx, -EINVAL, "source: a limit of %llu ms, give 0 for none", (unsigned long long)opts->max_time_ms);
 	if (opts->probe_ms && (opts->probe_ms < KMIG_PROBE_MS_MIN || opts->probe_ms > KMIG_PROBE_MS_MAX))
 		return kmig_fail(ctx, -EINVAL, "source: a probe of %u ms, give %d to %d, or 0 for none", opts->probe_ms,
 				 KMIG_PROBE_MS_MIN, KMIG_PROBE_MS_MAX);
+	if (!is_bandwidth(opts->max_bandwidth))
+		return kmig_fail(ctx, -EINVAL, "source: a bandwidth of %llu bytes a second at most, give %llu to %llu, or 0 for no limit",
+				 (unsigned long long)opts->max_bandwidth, LMTRACK_STREAM_RATE_MIN, LMTRACK_STREAM_RATE_MAX);
+	if (opts->dscp < -1 || opts->dscp > KMIG_NET_DSCP_MAX)
+		return kmig_fail(ctx, -EINVAL, "source: a DSCP of %d, give 0 to %d, or -1 for none", opts->dscp, KMIG_NET_DSCP_MAX);
+	if (opts->priority < -1 || opts->priority > KMIG_NET_PRIORITY_MAX)
+		return kmig_fail(ctx, -EINVAL, "source: a priority of %d, give 0 to %d, or -1 for none", opts->priority,
+				 KMIG_NET_PRIORITY_MAX);
+	if (opts->path_count > KMIG_PATHS_MAX || (opts->path_count && !opts->paths))
+		return kmig_fail(ctx, -EINVAL, "source: %u paths, give %d at most", opts->path_count, KMIG_PATHS_MAX);
 	return 0;
 }
 
@@ -123,7 +152,8 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
 	struct kmig_source *source;
 	int err;
 
-	err = kmig_copy_sized(ctx, &opts, sizeof(opts), sizeof(opts), given, "source options");
+	err = kmig_copy_sized(ctx, &opts, sizeof(opts), offsetof(struct kmig_source_opts, max_bandwidth), given,
+			      "source options");
 	if (!err)
 		err = check_opts(ctx, &opts);
 	if (err)
@@ -133,11 +163,10 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
 		return kmig_fail(ctx, -ENOMEM, "source: out of memory");
 	source->ctx = ctx;
 	source->opts = opts;
+	source->max_bandwidth = opts.max_bandwidth;
 	source->data = data;
 	source->control.fd = -1;
 	source->report.size = sizeof(source->report);
-	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++)
-		source->sockets[i] = -1;
 	source->abort_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	source->host = strdup(opts.host);
 	source->secret = malloc(opts.secret_len);
@@ -152,10 +181,18 @@ int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *given,
 		kmig_source_free(source);
 		return err;
 	}
+	for (unsigned int i = 0; i < opts.path_count; i++) {
+		err = kmig_net_path(ctx, &opts.paths[i], &source->paths[i]);
+		if (err) {
+			kmig_source_free(source);
+			return err;
+		}
+	}
 	memcpy(source->secret, opts.secret, opts.secret_len);
 	/* They are the caller's, and may be gone when the engine runs. */
 	source->opts.host = NULL;
 	source->opts.secret = NULL;
+	source->opts.paths = NULL;
 	*out = source;
 	return 0;
 }
@@ -185,6 +222,15 @@ void kmig_source_abort(struct kmig_source *source)
 	eventfd_write(source->abort_fd, 1);
 }
 
+/* In signal handlers as well: the engine looks. */
+int kmig_source_set_max_bandwidth(struct kmig_source *source, uint64_t bytes_per_second)
+{
+	if (!is_bandwidth(bytes_per_second))
+		return -EINVAL;
+	source->max_bandwidth = bytes_per_second;
+	return 0;
+}
+
 /* ---- Report ---- */
 
 /*
@@ -208,11 +254,13 @@ static void update_report(struct kmig_source *source)
 	uint64_t data = 0, zero = 0, zerocopy = 0, copied = 0, headers = 0, done;
 	struct kmig_channel_stats stats;
 
-	report->total_ns = kmig_now_ns() - source->clock.start_ns;
+	/* A migration is over when the guest runs at the destination. */
+	if (report->state != KMIG_STATE_CLEANUP)
+		report->total_ns = kmig_now_ns() - source->clock.start_ns;
 	if (!source->tracker)
 		return;
 	for (unsigned int i = 0; i < source->opts.channels; i++) {
-		if (source->sockets[i] < 0 || kmig_tracker_channel_stats(source->tracker, i, &stats))
+		if (kmig_tracker_channel_stats(source->tracker, i, &stats))
 			return;
 		data += stats.data_pages;
 		zero += stats.zero_pages;
@@ -229,6 +277,11 @@ static void update_report(struct kmig_source *source)
 	report->bytes_per_second = source->policy.rate;
 	report->stun_pages_per_second = source->policy.ceiling;
 	report->held_pages = source->hot.held;
+	report->channels_lost = source->channels.lost;
+	report->channels_rejoined = source->channels.rejoined;
+	report->rdma_channels = source->channels.over_rdma;
+	report->channels = source->width.channels;
+	report->channels_why = source->width.why;
 	report->forecast = source->policy.forecast;
 	done = data + zero - source->pages_before;
 	if (source->sending)
@@ -278,8 +331,11 @@ static int handshake_recv(struct kmig_source *source, int fd, uint16_t type, str
 		if (err)
 			return kmig_fail(source->ctx, err, "greeting from the destination: %s", why);
 		err = kmig_net_recv(fd, body, length, deadline, source->abort_fd);
-		if (!err && kmig_message_check_crc(header, body, &why))
-			return kmig_fail(source->ctx, -EBADMSG, "greeting from the destination: %s", why);
+		if (!err) {
+			err = kmig_message_check_body(header, body, &why);
+			if (err)
+				return kmig_fail(source->ctx, err, "greeting from the destination: %s", why);
+		}
 	}
 	if (err == -ECANCELED)
 		return kmig_fail(source->ctx, err, "aborted");
@@ -340,13 +396,20 @@ static int handshake(struct kmig_source *source, int fd)
 	return err ? kmig_fail(source->ctx, err, "session key: %s", strerror(-err)) : 0;
 }
 
+static struct kmig_net_mark mark_of(const struct kmig_source *source)
+{
+	return (struct kmig_net_mark){ .dscp = source->opts.dscp, .priority = source->opts.priority };
+}
+
 static int hello(struct kmig_source *source)
 {
+	const struct kmig_net_mark mark = mark_of(source);
 	int fd, err;
 
 	if (kmig_auth_init())
 		return kmig_fail(source->ctx, -EIO, "source: no randomness or no HMAC-SHA256 to be had from OpenSSL");
-	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd);
+	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd,
+			      &mark);
 	if (fd < 0)
 		return fd;
 	err = handshake(source, fd);
@@ -379,6 +442,26 @@ static int capacity(struct kmig_source *source)
 	return err;
 }
 
+/*
+ * All channels that there may be are connected before the first pass: which of them carry can then be
+ * changed at any time, without a word to the destination.
+ */
+static void choose_channels(struct kmig_source *source)
+{
+	unsigned int paths = source->opts.path_count ? source->opts.path_count : 1, most = paths;
+	unsigned int cpus = kmig_cpus();
+
+	source->widening = source->opts.channels == KMIG_CHANNELS_AUTO;
+	if (source->widening) {
+		if (cpus > most)
+			most = cpus;
+		source->opts.channels = most < LMTRACK_CHANNELS_MAX ? most : LMTRACK_CHANNELS_MAX;
+		kmig_width_start(&source->width, paths, source->opts.channels, source->trip_ns);
+	} else {
+		source->width.channels = source->opts.channels;
+	}
+}
+
 static int regions(struct kmig_source *source)
 {
 	struct {
@@ -395,38 +478,6 @@ static int regions(struct kmig_source *source)
 		wire.bytes[i] = htole64(source->regions[i]->bytes);
 	return kmig_control_send(&source->control, LMTRACK_MSG_REGIONS, &wire,
 				 sizeof(wire.head) + source->count * sizeof(wire.bytes[0]));
-}
-
-static int connect_channel(struct kmig_source *source, uint32_t number)
-{
-	struct kmig_frame frame = {
-		.type = LMTRACK_FRAME_CHANNEL,
-		.stream = source->stream_id,
-		.channel = number,
-		.payload = sizeof(struct lmtrack_wire_channel),
-	};
-	struct {
-		struct lmtrack_wire_frame frame;
-		struct lmtrack_wire_channel channel;
-	} wire;
-	int fd, err;
-
-	fd = kmig_net_connect(source->ctx, source->host, source->opts.port, source->opts.timeout_ms, source->abort_fd);
-	if (fd < 0)
-		return fd;
-	source->sockets[number] = fd;
-	kmig_net_queue_at_most(fd, QUEUE_BYTES_FIRST);
-	kmig_frame_encode(&frame, NULL, &wire.frame);
-	err = kmig_auth_channel(&source->session, source->stream_id, number, &wire.channel);
-	if (!err)
-		err = kmig_net_send(fd, &wire, sizeof(wire), kmig_now_ns() + kmig_ms(source->opts.timeout_ms),
-				    source->abort_fd);
-	/* From now on its only writer is the tracker, which may wait for room. */
-	if (!err)
-		err = kmig_net_set_blocking(fd, true);
-	if (err)
-		return kmig_fail(source->ctx, err, "data channel %u: %s", number, strerror(-err));
-	return 0;
 }
 
 static int start_tracker(struct kmig_source *source)
@@ -451,8 +502,22 @@ static int start_tracker(struct kmig_source *source)
 	if (err)
 		return err;
 	err = kmig_tracker_start(tracker);
-	for (unsigned int i = 0; i < source->opts.channels && !err; i++)
-		err = kmig_tracker_add_channel(tracker, source->sockets[i]);
+	source->cap = source->max_bandwidth;
+	if (!err && source->cap)
+		err = kmig_tracker_cap(tracker, source->cap);
+	if (!err)
+		source->report.max_bandwidth = source->cap;
+	if (!err)
+		err = kmig_channels_add(&source->channels, tracker);
+	if (!err && source->widening) {
+		err = kmig_tracker_width(tracker, source->width.channels);
+		/* Of a module that is older than this all channels carry. */
+		if (err == -EOPNOTSUPP) {
+			source->widening = false;
+			source->width.channels = source->opts.channels;
+			err = 0;
+		}
+	}
 	if (err)
 		kmig_tracker_free(tracker);
 	else
@@ -501,10 +566,22 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 
 	switch (message->type) {
 	case LMTRACK_MSG_CHANNELS_READY:
-		if (source->report.state != KMIG_STATE_CHANNELS)
+		/* Once, and not before they could connect. */
+		if (source->report.state != KMIG_STATE_CHANNELS || source->channels_ready ||
+		    (source->asked_rdma && !source->offered))
 			break;
 		source->channels_ready = true;
+		/* From here on one may be lost, also with the next message. */
+		if (source->tracker)
+			kmig_channels_start(&source->channels, source->tracker);
 		return 0;
+	case LMTRACK_MSG_RDMA_OFFER:
+		if (!source->asked_rdma || source->offered)
+			break;
+		source->offered = true;
+		return kmig_channels_offer(&source->channels, message);
+	case LMTRACK_MSG_WINDOW:
+		return kmig_channels_window(&source->channels, message, source->round);
 	case LMTRACK_MSG_UNVERIFIED:
 	case LMTRACK_MSG_COMPARED:
 		if (!source->digesting)
@@ -517,6 +594,15 @@ static int handle(struct kmig_source *source, const struct kmig_message *message
 		source->asked_ns = 0;
 		kmig_source_digest_acked(&source->digest, source->acked);
 		return 0;
+	case LMTRACK_MSG_CHANNEL_LOST:
+	case LMTRACK_MSG_CHANNEL_CLOSED:
+	case LMTRACK_MSG_CHANNEL_JOINED:
+		if (!source->channels_ready)
+			break;
+		/* All is there; they are not needed any more. */
+		if (source->report.state >= KMIG_STATE_CHECK)
+			return 0;
+		return kmig_channels_message(&source->channels, message, source->round);
 	case LMTRACK_MSG_NEED:
 		if (source->report.state != KMIG_STATE_CHECK)
 			break;
@@ -557,24 +643,16 @@ static uint64_t answer_limit_ns(const struct kmig_source *source)
 	return kmig_ms(source->opts.timeout_ms) * ANSWER_TIMEOUTS;
 }
 
-/*
- * The destination closes a data channel only when it fails, or when it is told to PREPARE. A
- * round that has left is not sent again: nobody else would notice that it does not arrive.
- */
-static int check_channels(struct kmig_source *source, const struct pollfd *fds)
+/* No channel is left; the guest runs, but what it writes stays here. */
+static int check_gone(struct kmig_source *source)
 {
-	for (unsigned int i = 0; i < source->opts.channels; i++) {
-		int err = 0;
-		socklen_t length = sizeof(err);
+	uint64_t since = source->channels.gone_ns;
 
-		if (!fds[i].revents)
-			continue;
-		getsockopt(fds[i].fd, SOL_SOCKET, SO_ERROR, &err, &length);
-		if (!err)
-			err = ECONNRESET;
-		return kmig_fail(source->ctx, -err, "data channel %u was lost: %s", i, strerror(err));
-	}
-	return 0;
+	if (!since || kmig_channels_usable(&source->channels) ||
+	    kmig_now_ns() - since < kmig_ms(source->opts.channel_wait_ms))
+		return 0;
+	return kmig_fail(source->ctx, -ENOTCONN, "all %u data channels to %s are lost, and none has come back within %u ms: is the network between down?",
+			 source->opts.channels, source->host, source->opts.channel_wait_ms);
 }
 
 /* The policy looks after each round; where it would only give up, there is no need to wait for that. */
@@ -589,6 +667,46 @@ static int check_time(struct kmig_source *source)
 			 (unsigned long long)opts->max_time_ms, source->report.remaining_bytes / 1048576., source->round);
 }
 
+/* The cap on the bandwidth was changed: the guest is not given up for a module that cannot. */
+static void check_cap(struct kmig_source *source)
+{
+	uint64_t cap = source->max_bandwidth;
+	char text[KMIG_ERROR_MAX];
+
+	if (!source->tracker || cap == source->cap)
+		return;
+	source->cap = cap;
+	if (source->widening)
+		kmig_width_restart(&source->width);
+	if (kmig_tracker_cap(source->tracker, cap)) {
+		kmig_copy_error(source->ctx, text);
+		kmig_log(source->ctx, KMIG_LOG_WARNING, "the bandwidth is not limited: %s", text);
+		return;
+	}
+	kmig_policy_cap(&source->policy, cap);
+	source->report.max_bandwidth = cap;
+	tell(source);
+	if (cap)
+		kmig_log(source->ctx, KMIG_LOG_INFO, "no more than %.3f MB/s are sent from now on", cap / 1e6);
+	else
+		kmig_log(source->ctx, KMIG_LOG_INFO, "as much is sent from now on as the network takes");
+}
+
+/* A round is sent: should more channels carry? */
+static int widen(struct kmig_source *source)
+{
+	uint32_t changes = source->channels.lost + source->channels.rejoined;
+
+	if (changes != source->width_changes)
+		kmig_width_pause(&source->width);
+	source->width_changes = changes;
+	if (!source->widening || source->width.why || source->paused ||
+	    !kmig_width_look(&source->width, kmig_now_ns(), kmig_channels_delivered(&source->channels)))
+		return 0;
+	kmig_log(source->ctx, KMIG_LOG_DEBUG, "%u data channels carry", source->width.channels);
+	return kmig_tracker_width(source->tracker, source->width.channels);
+}
+
 /* Wait for something to happen, a tick at most, and take it in. */
 static int step(struct kmig_source *source, struct kmig_round *round)
 {
@@ -598,14 +716,18 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 		{ .fd = source->sending ? kmig_tracker_fd(source->tracker) : -1, .events = POLLIN },
 		{ .fd = source->digesting ? source->digest.workers.event_fd : -1, .events = POLLIN },
 	};
-	/* While the tracker sends, it notices itself; and their error queues are its own. */
-	bool unwatched = source->sending || source->report.state >= KMIG_STATE_CHECK;
+	/* When all is there they are not needed any more, and the destination closes them. */
+	bool watched = source->report.state < KMIG_STATE_CHECK;
 	struct kmig_message message;
 	int n, err;
 
-	for (unsigned int i = 0; i < source->opts.channels; i++)
-		fds[4 + i] = (struct pollfd){ .fd = unwatched ? -1 : source->sockets[i], .events = POLLRDHUP };
-	if (poll(fds, 4 + source->opts.channels, TICK_MS) < 0 && errno != EINTR)
+	/* Until there is an answer, it would only say the same again. */
+	if (!kmig_channels_asked(&source->channels))
+		fds[2].events |= POLLPRI;
+	/* While the tracker sends, it notices itself; and their error queues are its own. */
+	if (watched)
+		kmig_channels_poll(&source->channels, fds + 4, !source->sending);
+	if (poll(fds, watched ? 4 + source->channels.count : 4, TICK_MS) < 0 && errno != EINTR)
 		return kmig_fail(source->ctx, -errno, "waiting: %s", strerror(errno));
 	if (fds[1].revents)
 		return kmig_fail(source->ctx, -ECANCELED, "aborted");
@@ -620,31 +742,103 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	if (n < 0)
 		return n;
 	err = kmig_control_check_silence(&source->control);
-	/* POLLERR alone is a failed channel: the round is about to end, and will tell which. */
+	/* POLLERR alone: it has failed, the round is about to end, and will tell why. */
 	if (!err && source->sending && (fds[2].revents & POLLIN))
 		err = round_sent(source, round);
+	if (!err && source->sending)
+		err = widen(source);
 	/* Last: the others may say why. */
-	if (!err)
-		err = check_channels(source, fds + 4);
+	if (!err && watched)
+		err = kmig_channels_step(&source->channels, fds + 4, source->round);
+	if (!err && !source->paused)
+		err = check_gone(source);
 	if (!err && source->asked_ns && kmig_now_ns() - source->asked_ns > answer_limit_ns(source))
 		err = kmig_fail(source->ctx, -ETIMEDOUT, "the guest is paused, and the destination lives but did not answer within %u ms: its VMM may hang",
 				source->opts.timeout_ms * ANSWER_TIMEOUTS);
 	if (!err)
 		err = check_time(source);
+	if (!err)
+		check_cap(source);
 	if (!err && kmig_report_due(&source->clock))
 		tell(source);
+	return err;
+}
+
+static int ask_rdma(struct kmig_source *source)
+{
+	struct kmig_round round;
+	int err;
+
+	if (source->opts.transport == KMIG_TRANSPORT_TCP)
+		return 0;
+	source->asked_rdma = true;
+	err = kmig_control_send(&source->control, LMTRACK_MSG_RDMA_ASK, NULL, 0);
+	while (!err && !source->offered)
+		err = step(source, &round);
 	return err;
 }
 
 static int channels(struct kmig_source *source)
 {
 	struct kmig_round round;
-	int err = 0;
+	int err;
 
-	for (uint32_t i = 0; i < source->opts.channels && !err; i++)
-		err = connect_channel(source, i);
+	source->channels.ctx = source->ctx;
+	source->channels.control = &source->control;
+	source->channels.session = &source->session;
+	source->channels.host = source->host;
+	source->channels.abort_fd = source->abort_fd;
+	source->channels.transport = source->opts.transport;
+	source->channels.stream = source->stream_id;
+	source->channels.timeout_ms = source->opts.timeout_ms;
+	source->channels.mark = mark_of(source);
+	memcpy(source->channels.path, source->paths, sizeof(source->paths));
+	source->channels.paths = source->opts.path_count ? source->opts.path_count : 1;
+	source->channels.count = source->opts.channels;
+	for (unsigned int i = 0; i < source->channels.count; i++)
+		source->channels.channel[i].fd = -1;
+	err = ask_rdma(source);
+	if (!err)
+		err = kmig_channels_connect(&source->channels);
+	/* RDMA's connections are the tracker's. Else there is no need to track so early. */
+	if (!err && source->channels.rdma_port)
+		err = start_tracker(source);
 	while (!err && !source->channels_ready)
 		err = step(source, &round);
+	return err;
+}
+
+/* The guest may write as fast as it likes: the blackout begins, nothing can be sent, or all is off. */
+static int release_guest(struct kmig_source *source)
+{
+	int err = 0;
+
+	if (source->stunned)
+		err = kmig_tracker_stun(source->tracker, 0, 0);
+	source->stunned = false;
+	return err;
+}
+
+/*
+ * Until a round can begin: the last is through, the destination has closed what was lost, and there
+ * is a channel. The guest is not kept waiting for one: it is not slowed down, and not paused.
+ */
+static int await_channels(struct kmig_source *source)
+{
+	struct kmig_round round;
+	int err = 0;
+
+	while (!err && (source->sending || source->acked != source->round || !kmig_channels_settled(&source->channels) ||
+			!kmig_channels_usable(&source->channels))) {
+		/* CHANNEL_CLOSED is an answer as well. */
+		if (source->paused && !source->asked_ns && !kmig_channels_settled(&source->channels))
+			source->asked_ns = kmig_now_ns();
+		if (!kmig_channels_usable(&source->channels))
+			err = source->paused ? CHANNELS_GONE : release_guest(source);
+		if (!err)
+			err = step(source, &round);
+	}
+	source->asked_ns = 0;
 	return err;
 }
 
@@ -652,6 +846,14 @@ static int begin_round(struct kmig_source *source, enum kmig_send_what what, uns
 {
 	int err;
 
+	do {
+		err = await_channels(source);
+		if (!err)
+			err = kmig_channels_begin(&source->channels, source->round + 1);
+		/* One that had joined may be lost again. */
+	} while (!err && !(kmig_channels_settled(&source->channels) && kmig_channels_usable(&source->channels)));
+	if (err)
+		return err;
 	source->round_expected = expected;
 	source->pages_before = source->report.data_pages + source->report.zero_pages;
 	source->round_begin_ns = kmig_now_ns();
@@ -660,16 +862,16 @@ static int begin_round(struct kmig_source *source, enum kmig_send_what what, uns
 		return err;
 	source->round++;
 	source->sending = true;
+	kmig_width_pause(&source->width);
 	source->round_sent_ns = kmig_now_ns();
 	return 0;
 }
 
 static void limit_queues(struct kmig_source *source)
 {
-	double bytes = source->policy.rate / source->opts.channels * QUEUE_MS / 1000;
+	double bytes = source->policy.rate / source->width.channels * QUEUE_MS / 1000;
 
-	for (unsigned int i = 0; i < source->opts.channels; i++)
-		kmig_net_queue_at_most(source->sockets[i], bytes > QUEUE_BYTES_MIN ? bytes : QUEUE_BYTES_MIN);
+	kmig_channels_limit(&source->channels, bytes > QUEUE_BYTES_MIN ? bytes : QUEUE_BYTES_MIN);
 }
 
 /*
@@ -695,6 +897,8 @@ static int finish_round(struct kmig_source *source, struct kmig_round *round)
 	int err;
 
 	while (source->sending || source->acked != source->round) {
+		if (source->paused && !kmig_channels_usable(&source->channels))
+			return CHANNELS_GONE;
 		err = step(source, round);
 		if (err)
 			return err;
@@ -780,23 +984,13 @@ static int start_convergence(struct kmig_source *source)
 	struct kmig_curve working_set = { 0 };
 
 	kmig_policy_start(&source->policy, &policy);
+	kmig_policy_cap(&source->policy, source->cap);
 	for (unsigned int i = 0; i < source->probed; i++)
 		kmig_curve_add(&working_set, source->probe[i].interval_ns, source->probe[i].pages);
-	kmig_curve_left(&working_set, &source->policy.left);
+	kmig_curve_left(&working_set, source->trip_ns, &source->policy.left);
 	if (policy.can_hold && kmig_hot_start(&source->hot, source->regions, source->count))
 		return kmig_fail(source->ctx, -ENOMEM, "pages held back: out of memory");
 	return 0;
-}
-
-/* The guest may write as fast as it likes: the blackout begins, or all is off. */
-static int release_guest(struct kmig_source *source)
-{
-	int err = 0;
-
-	if (source->stunned)
-		err = kmig_tracker_stun(source->tracker, 0, 0);
-	source->stunned = false;
-	return err;
 }
 
 /* Do to guest and pages what the policy has decided. */
@@ -847,6 +1041,7 @@ static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision
 		.interval_ns = now - source->round_begin_ns,
 		.elapsed_ns = now - source->clock.start_ns,
 		.stunned = has_stunned(source),
+		.lost = source->channels.lost != source->lost_seen,
 	};
 	double ceiling = policy->ceiling;
 	uint64_t chunks;
@@ -857,6 +1052,7 @@ static int decide(struct kmig_source *source, uint64_t dirty, enum kmig_decision
 	/* Nothing was digested yet: then nothing is known. */
 	if (policy->digest_ns == UINT64_MAX)
 		policy->digest_ns = 0;
+	source->lost_seen = source->channels.lost;
 	*decision = kmig_policy_look(policy, &look);
 	if (*decision == KMIG_GIVE_UP)
 		return kmig_fail(source->ctx, -ETIME, "%s: %.0f MiB are dirty, %.1f MB/s are sent; allow a longer downtime or more time, give it a faster link, or wait until the guest is less busy",
@@ -888,7 +1084,9 @@ static int iterate(struct kmig_source *source)
 		uint64_t dirty, begun;
 		bool enough;
 
-		err = peek(source, &dirty, false);
+		err = await_channels(source);
+		if (!err)
+			err = peek(source, &dirty, false);
 		if (!err && decided != source->round)
 			err = decide(source, dirty, &decision);
 		if (err)
@@ -1003,6 +1201,7 @@ static int last_rounds(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
 	uint64_t dirty, held = 0, before = 0, harvest, begin;
+	uint32_t lost = source->channels.lost;
 	int err;
 
 	err = peek(source, &dirty, false);
@@ -1034,19 +1233,49 @@ static int last_rounds(struct kmig_source *source)
 		 */
 		if (n > 0)
 			held = kmig_tracker_held(source->tracker) - before;
+		/* Not so of what went over a channel that was lost. */
+		if (lost != source->channels.lost) {
+			lost = source->channels.lost;
+			held = 0;
+			n = 0;
+		}
 		if (err || dirty <= held)
 			break;
 		if (n == LAST_ROUNDS_MAX)
 			return kmig_fail(source->ctx, -EBUSY, "the guest is paused, but its memory is still being written (%llu pages): is a device not stopped?",
 					 (unsigned long long)dirty);
-		kmig_source_digest_freeze(&source->digest, source->dirty, source->round + 1);
 		before = kmig_tracker_held(source->tracker);
 		err = begin_round(source, KMIG_SEND_DIRTY, KMIG_SEND_HELD, dirty);
+		/* Not before: should no channel be left, the round is the running guest's. */
+		if (!err)
+			kmig_source_digest_freeze(&source->digest, source->dirty, source->round);
 	}
 	source->report.downtime.memory_ns = lap(source);
 	source->report.memory_copy_ns = source->report.downtime.memory_ns;
 	move_part(&source->report.memory_copy_ns, &source->report.memory_harvest_ns, harvest);
 	return err;
+}
+
+/* Back to pre-copy: nothing can be sent, and how long that will last nobody knows. */
+static int resume_guest(struct kmig_source *source)
+{
+	int err;
+
+	kmig_log(source->ctx, KMIG_LOG_WARNING, "the guest was paused, and runs on here until a data channel is back");
+	err = source->ops.resume(source->data);
+	if (err)
+		return kmig_fail(source->ctx, err, "the guest could not be resumed: %s", strerror(-err));
+	source->paused = false;
+	source->asked_ns = 0;
+	free(source->state);
+	source->state = NULL;
+	source->state_length = 0;
+	source->report.device_state_bytes = 0;
+	memset(&source->report.downtime, 0, sizeof(source->report.downtime));
+	source->report.decision = NULL;
+	kmig_source_digest_thaw(&source->digest);
+	enter(source, KMIG_STATE_ITERATION);
+	return kmig_control_send(&source->control, LMTRACK_MSG_RESUMED, NULL, 0);
 }
 
 /* Until the destination says READY. */
@@ -1095,6 +1324,7 @@ static int migrate(struct kmig_source *source)
 {
 	struct kmig_round round = { 0 };
 	struct kmig_message message;
+	bool gone;
 	int err;
 
 	if (source->opts.probe_ms && can_probe(source)) {
@@ -1111,6 +1341,7 @@ static int migrate(struct kmig_source *source)
 	err = capacity(source);
 	if (err)
 		return err;
+	choose_channels(source);
 	enter(source, KMIG_STATE_REGIONS);
 	err = regions(source);
 	if (err)
@@ -1125,10 +1356,12 @@ static int migrate(struct kmig_source *source)
 		return err;
 	enter(source, KMIG_STATE_FIRST_PASS);
 	err = start_digests(source);
-	if (!err)
+	if (!err && !source->tracker)
 		err = start_tracker(source);
-	if (!err)
+	if (!err) {
+		kmig_channels_start(&source->channels, source->tracker);
 		err = start_convergence(source);
+	}
 	if (!err)
 		err = begin_round(source, KMIG_SEND_ALL, 0, source->round_expected);
 	if (!err)
@@ -1136,12 +1369,16 @@ static int migrate(struct kmig_source *source)
 	if (err)
 		return err;
 	enter(source, KMIG_STATE_ITERATION);
-	err = iterate(source);
-	if (err)
-		return err;
-	err = pause_guest(source);
-	if (!err)
-		err = last_rounds(source);
+	do {
+		err = iterate(source);
+		if (!err)
+			err = pause_guest(source);
+		if (!err)
+			err = last_rounds(source);
+		gone = err == CHANNELS_GONE;
+		if (gone)
+			err = resume_guest(source);
+	} while (gone && !err);
 	if (!err)
 		err = check(source);
 	return err;
@@ -1256,11 +1493,7 @@ static void clean_up(struct kmig_source *source)
 	guest_cost(source);
 	kmig_tracker_free(source->tracker);
 	source->tracker = NULL;
-	for (unsigned int i = 0; i < LMTRACK_CHANNELS_MAX; i++) {
-		if (source->sockets[i] >= 0)
-			close(source->sockets[i]);
-		source->sockets[i] = -1;
-	}
+	kmig_channels_close(&source->channels);
 	kmig_control_close(&source->control);
 	kmig_hot_stop(&source->hot);
 	for (unsigned int i = 0; i < source->count; i++) {

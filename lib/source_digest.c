@@ -217,10 +217,16 @@ void kmig_source_digest_freeze(struct kmig_source_digest *digest, uint64_t *cons
 		digest->wanted[i] |= digest->dirty_chunks[i];
 	}
 	atomic_store(&digest->frozen_round, round);
-	kmig_workers_hurry(&digest->workers);
+	kmig_workers_hurry(&digest->workers, true);
 	for (uint64_t n = kmig_bit_next(digest->wanted, total, 0); n < total;
 	     n = kmig_bit_next(digest->wanted, total, n + 1))
 		begin(digest, n);
+}
+
+void kmig_source_digest_thaw(struct kmig_source_digest *digest)
+{
+	atomic_store(&digest->frozen_round, 0);
+	kmig_workers_hurry(&digest->workers, false);
 }
 
 void kmig_source_digest_need(struct kmig_source_digest *digest)
@@ -260,5 +266,5 @@ uint64_t kmig_source_digest_cost(struct kmig_source_digest *digest, uint64_t chu
 	/* Before the first was timed, it is not known: that is no reason to take it for free. */
 	if (!done)
 		return chunks ? UINT64_MAX : 0;
-	return atomic_load(&digest->busy_ns) / done * chunks;
+	return atomic_load(&digest->busy_ns) / done * chunks / kmig_workers_hurried(&digest->workers);
 }

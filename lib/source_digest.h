@@ -47,6 +47,8 @@ void kmig_source_digest_acked(struct kmig_source_digest *digest, uint32_t round)
 uint64_t kmig_source_digest_pass(struct kmig_source_digest *digest, uint64_t *const *dirty);
 /* Memory is at rest, what is @dirty is sent in @round at the latest: digest that and all that lacks one. */
 void kmig_source_digest_freeze(struct kmig_source_digest *digest, uint64_t *const *dirty, uint32_t round);
+/* The guest runs again. What was digested holds as any digest does: until its chunk is sent again. */
+void kmig_source_digest_thaw(struct kmig_source_digest *digest);
 /* The destination answered NEED: digest what it named, the guest being paused. */
 void kmig_source_digest_need(struct kmig_source_digest *digest);
 /* Everything that was begun has been sent; and has been compared? */
@@ -54,7 +56,7 @@ bool kmig_source_digest_sent(struct kmig_source_digest *digest);
 bool kmig_source_digest_compared(struct kmig_source_digest *digest);
 /* Chunks in which something is dirty: those that are left for the blackout. */
 uint64_t kmig_source_digest_dirty(struct kmig_source_digest *digest, uint64_t *const *dirty);
-/* Nanoseconds that digesting so many chunks takes, as measured. */
+/* Nanoseconds that digesting so many chunks takes in the blackout, by what was measured. */
 uint64_t kmig_source_digest_cost(struct kmig_source_digest *digest, uint64_t chunks);
 
 #endif /* KMIG_SOURCE_DIGEST_H */

@@ -70,6 +70,86 @@ int kmig_stream_add_channel(struct kmig_stream *stream, int sock)
 	return add.channel;
 }
 
+int kmig_stream_lost(struct kmig_stream *stream, uint64_t *lost)
+{
+	struct lmtrack_stream_wait wait = { .size = sizeof(wait) };
+
+	*lost = 0;
+	/* EINVAL: no round was sent yet, and so nothing was lost. */
+	if (ioctl(stream->fd, LMTRACK_STREAM_WAIT, &wait) < 0 && errno != ETIMEDOUT && errno != EINVAL)
+		return kmig_fail(stream->ctx, -errno, "stream: looking for lost channels: %s", strerror(errno));
+	*lost = wait.lost;
+	return 0;
+}
+
+int kmig_stream_drop_channel(struct kmig_stream *stream, uint32_t channel, int *why)
+{
+	struct lmtrack_stream_drop_channel drop = { .size = sizeof(drop), .channel = channel };
+
+	if (ioctl(stream->fd, LMTRACK_STREAM_DROP_CHANNEL, &drop) < 0)
+		return kmig_fail(stream->ctx, -errno, "stream: dropping channel %u: %s", channel, strerror(errno));
+	*why = -(int)drop.error;
+	return 0;
+}
+
+int kmig_stream_replace_channel(struct kmig_stream *stream, uint32_t channel, int sock)
+{
+	struct lmtrack_stream_add_channel add = {
+		.size = sizeof(add),
+		.flags = LMTRACK_CHANNEL_REPLACE,
+		.fd = sock,
+		.channel = channel,
+	};
+
+	if (ioctl(stream->fd, LMTRACK_STREAM_ADD_CHANNEL, &add) < 0)
+		return kmig_fail(stream->ctx, -errno, "stream: channel %u on socket %d: %s", channel, sock, strerror(errno));
+	return 0;
+}
+
+int kmig_stream_add_rdma(struct kmig_stream *stream, const struct kmig_rdma_peer *peer)
+{
+	struct lmtrack_stream_add_rdma add = {
+		.size = sizeof(add),
+		.token_bytes = peer->token_bytes,
+		.timeout_ms = peer->timeout_ms < LMTRACK_RDMA_TIMEOUT_MAX_MS ? peer->timeout_ms : LMTRACK_RDMA_TIMEOUT_MAX_MS,
+		.window_pages = peer->window_pages,
+	};
+
+	if (peer->address_length > sizeof(add.remote) || peer->token_bytes > sizeof(add.token))
+		return -EINVAL;
+	memcpy(add.remote, peer->address, peer->address_length);
+	memcpy(add.token, peer->token, peer->token_bytes);
+	if (ioctl(stream->fd, LMTRACK_STREAM_ADD_RDMA, &add) < 0)
+		return -errno;
+	return add.channel;
+}
+
+int kmig_stream_rdma_wanted(struct kmig_stream *stream, uint32_t channel, uint32_t *region, uint64_t *first)
+{
+	struct lmtrack_stream_rdma_wanted wanted = { .size = sizeof(wanted), .channel = channel };
+
+	if (ioctl(stream->fd, LMTRACK_STREAM_RDMA_WANTED, &wanted) < 0)
+		return -errno;
+	*region = wanted.region;
+	*first = wanted.first;
+	return 0;
+}
+
+int kmig_stream_rdma_window(struct kmig_stream *stream, uint32_t channel, uint32_t region, uint64_t first,
+			    uint64_t address, uint32_t rkey)
+{
+	struct lmtrack_stream_rdma_window window = {
+		.size = sizeof(window),
+		.channel = channel,
+		.region = region,
+		.first = first,
+		.address = address,
+		.rkey = rkey,
+	};
+
+	return ioctl(stream->fd, LMTRACK_STREAM_RDMA_WINDOW, &window) < 0 ? -errno : 0;
+}
+
 int kmig_stream_send(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what)
 {
 	return kmig_stream_send_flags(stream, round, what, 0);
@@ -91,6 +171,15 @@ int kmig_stream_send_flags(struct kmig_stream *stream, uint32_t round, enum kmig
 	}
 	if (ioctl(stream->fd, LMTRACK_STREAM_SEND, &send) < 0)
 		return kmig_fail(stream->ctx, -errno, "stream: round %u could not begin: %s", round, strerror(errno));
+	return 0;
+}
+
+int kmig_stream_width(struct kmig_stream *stream, uint32_t channels)
+{
+	struct lmtrack_stream_width set = { .size = sizeof(set), .channels = channels };
+
+	if (ioctl(stream->fd, LMTRACK_STREAM_WIDTH, &set) < 0)
+		return kmig_fail(stream->ctx, -errno, "stream: %u channels are to carry: %s", channels, strerror(errno));
 	return 0;
 }
 
@@ -131,6 +220,18 @@ int kmig_stream_cancel(struct kmig_stream *stream)
 	if (ioctl(stream->fd, LMTRACK_STREAM_CANCEL, &cancel) < 0)
 		return kmig_fail(stream->ctx, -errno, "stream: cancel: %s", strerror(errno));
 	return 0;
+}
+
+int kmig_stream_cap(struct kmig_stream *stream, uint64_t bytes_per_second)
+{
+	struct lmtrack_stream_rate_set set = { .size = sizeof(set), .rate = bytes_per_second };
+
+	if (!ioctl(stream->fd, LMTRACK_STREAM_RATE_SET, &set))
+		return 0;
+	if (errno == ENOTTY)
+		return kmig_fail(stream->ctx, -EOPNOTSUPP, "the module lmtrack that is loaded is too old for a cap on the bandwidth: load a newer one, or go without the cap");
+	return kmig_fail(stream->ctx, -errno, "stream: a cap of %llu bytes a second: %s", (unsigned long long)bytes_per_second,
+			 strerror(errno));
 }
 
 int kmig_stream_channel_stats(struct kmig_stream *stream, uint32_t channel, struct kmig_channel_stats *stats)

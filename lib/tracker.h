@@ -11,10 +11,12 @@
  * - A write that happened before a page was read for a round is in what is sent; one that
  *   happened later is found dirty afterwards. A range punched out is dirty if the destination
  *   may have something there.
- * - All copies of a page go through one channel, in order: a newer one never lands before an
- *   older one.
- * - Once a round has failed or was cancelled, nothing is ever sent again: what was harvested
- *   and not delivered is known to nobody.
+ * - A round sends a page over one channel. Which it is, a round decides anew: so the next begins only
+ *   when the destination has acknowledged the last, or a newer copy could land before an older one.
+ * - A channel whose connection breaks is lost, and no more: the round goes on over the others. What
+ *   it has sent in the last round begun is dirty again when it was dropped.
+ * - Once a round has failed otherwise or was cancelled, nothing is ever sent again: what was
+ *   harvested and not delivered is known to nobody.
  */
 #ifndef KMIG_TRACKER_H
 #define KMIG_TRACKER_H
@@ -69,11 +71,37 @@ struct kmig_tracker_ops {
 	int (*start)(struct kmig_tracker *tracker);
 	/* A connected, blocking socket, which stays the caller's. Before the first round only. */
 	int (*add_channel)(struct kmig_tracker *tracker, int sock);
+	/*
+	 * Without messages. Over RDMA, also before the first round only; EOPNOTSUPP where it is missing, as what follows
+	 * it is. While a channel waits for a window, fd has POLLPRI; EAGAIN: it waits for none.
+	 */
+	int (*add_rdma)(struct kmig_tracker *tracker, const struct kmig_rdma_peer *peer);
+	int (*rdma_wanted)(struct kmig_tracker *tracker, uint32_t channel, uint32_t *region, uint64_t *first);
+	int (*rdma_window)(struct kmig_tracker *tracker, uint32_t channel, uint32_t region, uint64_t first,
+			   uint64_t address, uint32_t rkey);
 	/* Begin a round; returns at once. */
 	int (*send)(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what, unsigned int flags);
-	/* Readable when the round has ended. */
+	/*
+	 * POLLIN: the round has ended. POLLIN or POLLPRI: a channel is lost that was not dropped, or
+	 * waits for a window.
+	 */
 	int (*fd)(const struct kmig_tracker *tracker);
-	/* What came of the round; ETIMEDOUT or EINTR, without a message: it has not ended. */
+	/* A bit for each of those. */
+	uint64_t (*lost)(struct kmig_tracker *tracker);
+	/*
+	 * At any time, and for a channel that is not lost as well: shut it down, wait until nothing is
+	 * sent on it any more, and make dirty what it has sent in the round. The socket may be closed
+	 * then. @why: how it was lost, a negative errno; ECANCELED: it was not. EPIPE: the tracker has
+	 * failed, of which the end of the round tells. No round begins while
+	 * a lost channel was not dropped, or none is left (EPIPE).
+	 */
+	int (*drop_channel)(struct kmig_tracker *tracker, uint32_t channel, int *why);
+	/* Another connection for one that was dropped, between two rounds. */
+	int (*replace_channel)(struct kmig_tracker *tracker, uint32_t channel, int sock);
+	/*
+	 * What came of the round, losses apart; ETIMEDOUT or EINTR, without a message: it has not
+	 * ended.
+	 */
 	int (*wait)(struct kmig_tracker *tracker, struct kmig_round *round);
 	/* What the round that ended last, and was waited for, spent its time on. */
 	void (*times)(struct kmig_tracker *tracker, struct kmig_round_times *times);
@@ -100,8 +128,18 @@ struct kmig_tracker_ops {
 	 * KMIG_SEND_HELD. Replaces what was said before; NULL: none. Between rounds only.
 	 */
 	int (*hold)(struct kmig_tracker *tracker, unsigned int region, const uint64_t *bitmap);
+	/*
+	 * At any time: so many of the channels carry pages, also of the round under way, those with the
+	 * lowest numbers; the others end each round with nothing. All of them, until this was said.
+	 */
+	int (*width)(struct kmig_tracker *tracker, unsigned int channels);
 	/* Since the start. */
 	int (*stats)(struct kmig_tracker *tracker, struct kmig_tracker_stats *stats);
+	/*
+	 * All channels together send so many bytes a second at most; 0: no cap. At any time after the
+	 * start. EOPNOTSUPP, with the message set: it cannot.
+	 */
+	int (*cap)(struct kmig_tracker *tracker, uint64_t bytes_per_second);
 };
 
 /* Can @region be migrated from with this kind of tracker, beside the @count @regions there are? */
@@ -123,6 +161,38 @@ static inline int kmig_tracker_start(struct kmig_tracker *tracker)
 static inline int kmig_tracker_add_channel(struct kmig_tracker *tracker, int sock)
 {
 	return tracker->ops->add_channel(tracker, sock);
+}
+
+static inline int kmig_tracker_add_rdma(struct kmig_tracker *tracker, const struct kmig_rdma_peer *peer)
+{
+	return tracker->ops->add_rdma ? tracker->ops->add_rdma(tracker, peer) : -EOPNOTSUPP;
+}
+
+static inline int kmig_tracker_rdma_wanted(struct kmig_tracker *tracker, uint32_t channel, uint32_t *region,
+					   uint64_t *first)
+{
+	return tracker->ops->rdma_wanted(tracker, channel, region, first);
+}
+
+static inline int kmig_tracker_rdma_window(struct kmig_tracker *tracker, uint32_t channel, uint32_t region,
+					   uint64_t first, uint64_t address, uint32_t rkey)
+{
+	return tracker->ops->rdma_window(tracker, channel, region, first, address, rkey);
+}
+
+static inline uint64_t kmig_tracker_lost(struct kmig_tracker *tracker)
+{
+	return tracker->ops->lost(tracker);
+}
+
+static inline int kmig_tracker_drop_channel(struct kmig_tracker *tracker, uint32_t channel, int *why)
+{
+	return tracker->ops->drop_channel(tracker, channel, why);
+}
+
+static inline int kmig_tracker_replace_channel(struct kmig_tracker *tracker, uint32_t channel, int sock)
+{
+	return tracker->ops->replace_channel(tracker, channel, sock);
 }
 
 static inline int kmig_tracker_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what,
@@ -185,9 +255,19 @@ static inline int kmig_tracker_hold(struct kmig_tracker *tracker, unsigned int r
 	return tracker->ops->hold ? tracker->ops->hold(tracker, region, bitmap) : -EOPNOTSUPP;
 }
 
+static inline int kmig_tracker_width(struct kmig_tracker *tracker, unsigned int channels)
+{
+	return tracker->ops->width ? tracker->ops->width(tracker, channels) : -EOPNOTSUPP;
+}
+
 static inline int kmig_tracker_stats(struct kmig_tracker *tracker, struct kmig_tracker_stats *stats)
 {
 	return tracker->ops->stats ? tracker->ops->stats(tracker, stats) : -EOPNOTSUPP;
+}
+
+static inline int kmig_tracker_cap(struct kmig_tracker *tracker, uint64_t bytes_per_second)
+{
+	return tracker->ops->cap(tracker, bytes_per_second);
 }
 
 #endif /* KMIG_TRACKER_H */

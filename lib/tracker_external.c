@@ -4,8 +4,9 @@
  * asked for what it has.
  *
  * It is asked on the engine's thread only, when a round begins and when somebody looks; what it
- * gave is kept in @pending until a round takes it along. The round's threads read @round, which
- * does not change while they do. The VMM forgets what it gives, and begins to notice anew
+ * gave is kept in @pending until a round takes it along. The round's threads take it out of @round,
+ * each for its own chunks; what one that was lost has left there is pending again when the round
+ * has ended. The VMM forgets what it gives, and begins to notice anew
  * before it gives it: so before anything of it is read here.
  */
 #include "sender.h"
@@ -14,7 +15,7 @@ struct external {
 	struct kmig_tracker tracker;
 	bool started;
 	uint64_t *pending[LMTRACK_REGIONS_MAX];	/* dirty, and in no round yet; whole chunks */
-	uint64_t *round[LMTRACK_REGIONS_MAX];	/* dirty, in the round that is sent */
+	uint64_t *round[LMTRACK_REGIONS_MAX];	/* dirty, and the round that is sent has not come to it */
 };
 
 static struct external *external_of(const struct kmig_tracker *tracker)
@@ -55,7 +56,15 @@ static int collect(struct external *external, unsigned int index)
 {
 	const struct kmig_tracker_config *config = &external->tracker.config;
 	uint64_t pages = kmig_region_pages(config->regions[index]);
-	int err = config->dirty(index, 0, pages, external->pending[index], config->data);
+	int err;
+
+	if (!kmig_sender_sends(&external->tracker)) {
+		for (uint64_t word = 0; word < kmig_words(pages); word++) {
+			external->pending[index][word] |= external->round[index][word];
+			external->round[index][word] = 0;
+		}
+	}
+	err = config->dirty(index, 0, pages, external->pending[index], config->data);
 
 	if (err)
 		return kmig_fail(config->ctx, err, "region %s: the VMM could not tell what was written: %s",
@@ -69,10 +78,13 @@ static int collect(struct external *external, unsigned int index)
 static int harvest_chunk(struct kmig_tracker *tracker, struct kmig_harvest *harvest)
 {
 	struct external *external = external_of(tracker);
-	uint64_t *const *dirty = harvest->mode == KMIG_HARVEST_LOOK ? external->pending : external->round;
+	bool look = harvest->mode == KMIG_HARVEST_LOOK;
+	uint64_t *dirty = (look ? external->pending : external->round)[harvest->region] + harvest->chunk * KMIG_CHUNK_WORDS;
 	int err = kmig_region_exists(tracker->config.regions[harvest->region], harvest->chunk, harvest->exists);
 
-	kmig_harvest_select(tracker, harvest, dirty[harvest->region] + harvest->chunk * KMIG_CHUNK_WORDS);
+	kmig_harvest_select(tracker, harvest, dirty);
+	if (!look)
+		memset(dirty, 0, KMIG_CHUNK_WORDS * sizeof(*dirty));
 	return err;
 }
 
@@ -90,7 +102,9 @@ static int external_send(struct kmig_tracker *tracker, uint32_t round, enum kmig
 		for (uint64_t word = 0; word < words; word++) {
 			uint64_t kept = hold ? external->pending[i][word] & hold[word] : 0;
 
-			external->round[i][word] = external->pending[i][word] & ~kept;
+			/* All: the VMM tells of writes only, and a channel that is lost leaves chunks here. */
+			external->round[i][word] = what == KMIG_SEND_ALL ? ~0ull :
+						   external->pending[i][word] & ~kept;
 			external->pending[i][word] = kept;
 		}
 	}
@@ -108,6 +122,9 @@ static const struct kmig_tracker_ops external_ops = {
 	.name = "external",
 	.start = external_start,
 	.add_channel = kmig_sender_add_channel,
+	.lost = kmig_sender_lost,
+	.drop_channel = kmig_sender_drop_channel,
+	.replace_channel = kmig_sender_replace_channel,
 	.send = external_send,
 	.fd = kmig_sender_fd,
 	.wait = kmig_sender_wait,
@@ -118,6 +135,8 @@ static const struct kmig_tracker_ops external_ops = {
 	.channel_stats = kmig_sender_channel_stats,
 	.free = external_free,
 	.hold = kmig_sender_hold,
+	.cap = kmig_sender_cap,
+	.width = kmig_sender_width,
 };
 
 int kmig_tracker_new_external(const struct kmig_tracker_config *config, struct kmig_tracker **out)

@@ -102,6 +102,9 @@ static int lmtrack_start(struct kmig_tracker *tracker)
 	opts.id = config->stream;
 	opts.no_zero_detection = config->no_zero_detection;
 	err = kmig_stream_create(config->ctx, &opts, &lmtrack->stream);
+	/* As in probe(); what it says is what holds anyway. */
+	if (!err && kmig_stream_width(lmtrack->stream, LMTRACK_CHANNELS_MAX) == -ENOTTY)
+		lmtrack->ops.width = NULL;
 	for (unsigned int i = 0; i < config->count && !err; i++)
 		err = kmig_stream_add_region(lmtrack->stream, config->regions[i], i);
 	return err;
@@ -112,6 +115,42 @@ static int lmtrack_add_channel(struct kmig_tracker *tracker, int sock)
 	int number = kmig_stream_add_channel(lmtrack_of(tracker)->stream, sock);
 
 	return number < 0 ? number : 0;
+}
+
+static int lmtrack_add_rdma(struct kmig_tracker *tracker, const struct kmig_rdma_peer *peer)
+{
+	int number = kmig_stream_add_rdma(lmtrack_of(tracker)->stream, peer);
+
+	return number < 0 ? number : 0;
+}
+
+static int lmtrack_rdma_wanted(struct kmig_tracker *tracker, uint32_t channel, uint32_t *region, uint64_t *first)
+{
+	return kmig_stream_rdma_wanted(lmtrack_of(tracker)->stream, channel, region, first);
+}
+
+static int lmtrack_rdma_window(struct kmig_tracker *tracker, uint32_t channel, uint32_t region, uint64_t first,
+			       uint64_t address, uint32_t rkey)
+{
+	return kmig_stream_rdma_window(lmtrack_of(tracker)->stream, channel, region, first, address, rkey);
+}
+
+static uint64_t lmtrack_lost(struct kmig_tracker *tracker)
+{
+	uint64_t lost;
+
+	kmig_stream_lost(lmtrack_of(tracker)->stream, &lost);
+	return lost;
+}
+
+static int lmtrack_drop_channel(struct kmig_tracker *tracker, uint32_t channel, int *why)
+{
+	return kmig_stream_drop_channel(lmtrack_of(tracker)->stream, channel, why);
+}
+
+static int lmtrack_replace_channel(struct kmig_tracker *tracker, uint32_t channel, int sock)
+{
+	return kmig_stream_replace_channel(lmtrack_of(tracker)->stream, channel, sock);
 }
 
 static int lmtrack_send(struct kmig_tracker *tracker, uint32_t round, enum kmig_send_what what,
@@ -130,7 +169,16 @@ static int lmtrack_fd(const struct kmig_tracker *tracker)
 
 static int lmtrack_wait(struct kmig_tracker *tracker, struct kmig_round *round)
 {
-	return kmig_stream_wait(lmtrack_of(tracker)->stream, 0, round);
+	struct kmig_stream *stream = lmtrack_of(tracker)->stream;
+	uint64_t lost = 0;
+	int err = kmig_stream_wait(stream, 0, round);
+
+	if (!err && round->error && round->channel >= 0)
+		err = kmig_stream_lost(stream, &lost);
+	/* A channel that was lost is another matter, and none that ends the stream. */
+	if (!err && round->channel >= 0 && lost >> round->channel & 1)
+		round->error = 0;
+	return err;
 }
 
 static void lmtrack_times(struct kmig_tracker *tracker, struct kmig_round_times *times)
@@ -221,6 +269,11 @@ static int lmtrack_hold(struct kmig_tracker *tracker, unsigned int index, const 
 	return 0;
 }
 
+static int lmtrack_width(struct kmig_tracker *tracker, unsigned int channels)
+{
+	return kmig_stream_width(lmtrack_of(tracker)->stream, channels);
+}
+
 static int by_stun(const void *one, const void *other)
 {
 	const struct kmig_tracker_thread *a = one, *b = other;
@@ -266,6 +319,11 @@ static int lmtrack_stats(struct kmig_tracker *tracker, struct kmig_tracker_stats
 	return 0;
 }
 
+static int lmtrack_cap(struct kmig_tracker *tracker, uint64_t bytes_per_second)
+{
+	return kmig_stream_cap(lmtrack_of(tracker)->stream, bytes_per_second);
+}
+
 static void lmtrack_free(struct kmig_tracker *tracker)
 {
 	struct lmtrack *lmtrack = lmtrack_of(tracker);
@@ -281,6 +339,12 @@ static const struct kmig_tracker_ops lmtrack_ops = {
 	.name = "lmtrack",
 	.start = lmtrack_start,
 	.add_channel = lmtrack_add_channel,
+	.add_rdma = lmtrack_add_rdma,
+	.rdma_wanted = lmtrack_rdma_wanted,
+	.rdma_window = lmtrack_rdma_window,
+	.lost = lmtrack_lost,
+	.drop_channel = lmtrack_drop_channel,
+	.replace_channel = lmtrack_replace_channel,
 	.send = lmtrack_send,
 	.fd = lmtrack_fd,
 	.wait = lmtrack_wait,
@@ -292,7 +356,9 @@ static const struct kmig_tracker_ops lmtrack_ops = {
 	.free = lmtrack_free,
 	.stun = lmtrack_stun,
 	.hold = lmtrack_hold,
+	.width = lmtrack_width,
 	.stats = lmtrack_stats,
+	.cap = lmtrack_cap,
 };
 
 int kmig_tracker_new_lmtrack(const struct kmig_tracker_config *config, struct kmig_tracker **out)

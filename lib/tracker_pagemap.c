@@ -417,6 +417,9 @@ static const struct kmig_tracker_ops pagemap_ops = {
 	.name = "pagemap",
 	.start = pagemap_start,
 	.add_channel = kmig_sender_add_channel,
+	.lost = kmig_sender_lost,
+	.drop_channel = kmig_sender_drop_channel,
+	.replace_channel = kmig_sender_replace_channel,
 	.send = kmig_sender_send,
 	.fd = kmig_sender_fd,
 	.wait = kmig_sender_wait,
@@ -427,6 +430,8 @@ static const struct kmig_tracker_ops pagemap_ops = {
 	.channel_stats = kmig_sender_channel_stats,
 	.free = pagemap_free,
 	.hold = kmig_sender_hold,
+	.cap = kmig_sender_cap,
+	.width = kmig_sender_width,
 };
 
 int kmig_tracker_new_pagemap(const struct kmig_tracker_config *config, struct kmig_tracker **out)

@@ -45,7 +45,7 @@ int kmig_verify_start(struct kmig_verify *verify, struct kmig_receiver *receiver
 	pthread_mutex_init(&verify->lock, NULL);
 	if (verify->entries && verify->deferred &&
 	    !kmig_workers_start(&verify->workers, total, compare, NULL, verify)) {
-		kmig_workers_hurry(&verify->workers);
+		kmig_workers_hurry(&verify->workers, true);
 		return 0;
 	}
 	kmig_verify_stop(verify);

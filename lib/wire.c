@@ -49,7 +49,7 @@ int kmig_frame_decode(const struct lmtrack_wire_frame *raw, uint32_t page_size, 
 
 	if (le32toh(raw->magic) != LMTRACK_WIRE_MAGIC)
 		return malformed(why, "no frame begins here");
-	if (le16toh(raw->version) != LMTRACK_WIRE_VERSION) {
+	if (le16toh(raw->version) < LMTRACK_WIRE_VERSION_FRAMES || le16toh(raw->version) > LMTRACK_WIRE_VERSION) {
 		*why = "its version is not spoken here";
 		return -EPROTONOSUPPORT;
 	}
@@ -61,7 +61,7 @@ int kmig_frame_decode(const struct lmtrack_wire_frame *raw, uint32_t page_size, 
 	switch (frame->type) {
 	case LMTRACK_FRAME_CHANNEL:
 		if (frame->extents || frame->payload != sizeof(struct lmtrack_wire_channel) || frame->round ||
-		    frame->region || frame->seq || frame->arg)
+		    frame->region || frame->seq)
 			return malformed(why, "it is no proper start of a channel");
 		return 0;
 	case LMTRACK_FRAME_DATA:
@@ -188,6 +188,34 @@ static const struct {
 	[LMTRACK_MSG_ABORT] = { "ABORT", sizeof(struct lmtrack_wire_abort),
 				sizeof(struct lmtrack_wire_abort) + LMTRACK_ABORT_TEXT_MAX },
 	[LMTRACK_MSG_KEEPALIVE] = { "KEEPALIVE", 0, 0 },
+	[LMTRACK_MSG_CHANNEL_LOST] = { "CHANNEL_LOST", sizeof(struct lmtrack_wire_channel_change),
+				       sizeof(struct lmtrack_wire_channel_change) },
+	[LMTRACK_MSG_CHANNEL_CLOSED] = { "CHANNEL_CLOSED", sizeof(struct lmtrack_wire_channel_change),
+					 sizeof(struct lmtrack_wire_channel_change) },
+	[LMTRACK_MSG_CHANNEL_JOINED] = { "CHANNEL_JOINED", sizeof(struct lmtrack_wire_channel_change),
+					 sizeof(struct lmtrack_wire_channel_change) },
+	[LMTRACK_MSG_RESUMED] = { "RESUMED", 0, 0 },
+	[LMTRACK_MSG_RDMA_ASK] = { "RDMA_ASK", 0, 0 },
+	[LMTRACK_MSG_RDMA_OFFER] = { "RDMA_OFFER", sizeof(struct lmtrack_wire_rdma_offer),
+				     sizeof(struct lmtrack_wire_rdma_offer) },
+	[LMTRACK_MSG_WINDOW_WANTED] = { "WINDOW_WANTED", sizeof(struct lmtrack_wire_window),
+					sizeof(struct lmtrack_wire_window) },
+	[LMTRACK_MSG_WINDOW] = { "WINDOW", sizeof(struct lmtrack_wire_window), sizeof(struct lmtrack_wire_window) },
+};
+
+#define RESERVED(type) { offsetof(struct type, reserved), sizeof(((struct type *)0)->reserved) }
+
+/* Bytes of a body that are zero. */
+static const struct {
+	uint32_t first, count;
+} reserved[sizeof(types) / sizeof(types[0])] = {
+	[LMTRACK_MSG_HELLO] = RESERVED(lmtrack_wire_hello),
+	[LMTRACK_MSG_ROUND_ACK] = RESERVED(lmtrack_wire_round_ack),
+	[LMTRACK_MSG_PREPARE] = RESERVED(lmtrack_wire_prepare),
+	[LMTRACK_MSG_CHANNEL_LOST] = RESERVED(lmtrack_wire_channel_change),
+	[LMTRACK_MSG_CHANNEL_CLOSED] = RESERVED(lmtrack_wire_channel_change),
+	[LMTRACK_MSG_CHANNEL_JOINED] = RESERVED(lmtrack_wire_channel_change),
+	[LMTRACK_MSG_RDMA_OFFER] = RESERVED(lmtrack_wire_rdma_offer),
 };
 
 const char *kmig_message_name(uint16_t type)
@@ -237,10 +265,16 @@ int kmig_message_check(const struct lmtrack_wire_message *raw, const char **why)
 	return 0;
 }
 
-int kmig_message_check_crc(const struct lmtrack_wire_message *raw, const void *body, const char **why)
+int kmig_message_check_body(const struct lmtrack_wire_message *raw, const void *body, const char **why)
 {
-	if (le32toh(raw->crc) == message_crc(raw, body))
-		return 0;
-	*why = "its checksum is wrong";
-	return -EBADMSG;
+	uint16_t type = le16toh(raw->type);
+
+	if (le32toh(raw->crc) != message_crc(raw, body)) {
+		*why = "its checksum is wrong";
+		return -EBADMSG;
+	}
+	for (uint32_t i = 0; i < reserved[type].count; i++)
+		if (((const uint8_t *)body)[reserved[type].first + i])
+			return malformed(why, "a field that must be zero is not");
+	return 0;
 }

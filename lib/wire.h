@@ -60,7 +60,8 @@ struct kmig_message {
 void kmig_message_encode(uint16_t type, const void *body, uint32_t length, struct lmtrack_wire_message *raw);
 /* The header by itself: magic, version, type, length within what the type allows. */
 int kmig_message_check(const struct lmtrack_wire_message *raw, const char **why);
-int kmig_message_check_crc(const struct lmtrack_wire_message *raw, const void *body, const char **why);
+/* Then the body: its checksum, and that what is reserved is zero. */
+int kmig_message_check_body(const struct lmtrack_wire_message *raw, const void *body, const char **why);
 const char *kmig_message_name(uint16_t type);
 
 #endif /* KMIG_WIRE_H */

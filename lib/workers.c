@@ -10,7 +10,6 @@
  */
 #include "workers.h"
 
-#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
 
@@ -61,15 +60,6 @@ static void *worker_main(void *data)
 	return NULL;
 }
 
-static unsigned int cpus(void)
-{
-	cpu_set_t set;
-
-	if (sched_getaffinity(0, sizeof(set), &set))
-		return 1;
-	return CPU_COUNT(&set);
-}
-
 static int start(struct kmig_workers *workers, unsigned int number)
 {
 	struct kmig_worker *worker = &workers->worker[number];
@@ -81,7 +71,7 @@ static int start(struct kmig_workers *workers, unsigned int number)
 int kmig_workers_start(struct kmig_workers *workers, uint64_t total, void (*work)(void *, uint64_t),
 		       void (*drained)(void *), void *data)
 {
-	unsigned int wanted = 1 + (cpus() < KMIG_WORKERS_MAX ? 1 : KMIG_WORKERS_MAX);
+	unsigned int wanted = 1 + (kmig_cpus() < KMIG_WORKERS_MAX ? 1 : KMIG_WORKERS_MAX);
 
 	*workers = (struct kmig_workers){
 		.total = total,
@@ -134,12 +124,17 @@ void kmig_workers_add(struct kmig_workers *workers, uint64_t chunk)
 	pthread_mutex_unlock(&workers->lock);
 }
 
-void kmig_workers_hurry(struct kmig_workers *workers)
+void kmig_workers_hurry(struct kmig_workers *workers, bool hurry)
 {
 	pthread_mutex_lock(&workers->lock);
-	workers->hurry = true;
+	workers->hurry = hurry;
 	pthread_cond_broadcast(&workers->wake);
 	pthread_mutex_unlock(&workers->lock);
+}
+
+unsigned int kmig_workers_hurried(const struct kmig_workers *workers)
+{
+	return workers->threads - 1;
 }
 
 uint64_t kmig_workers_busy(struct kmig_workers *workers)

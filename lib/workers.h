@@ -37,8 +37,10 @@ int kmig_workers_start(struct kmig_workers *workers, uint64_t total, void (*work
 /* What waits is dropped, what is at work is waited for. Harmless when not started. */
 void kmig_workers_stop(struct kmig_workers *workers);
 void kmig_workers_add(struct kmig_workers *workers, uint64_t chunk);
-/* There is a hurry from now on. */
-void kmig_workers_hurry(struct kmig_workers *workers);
+/* There is a hurry from now on, or no longer. */
+void kmig_workers_hurry(struct kmig_workers *workers, bool hurry);
+/* How many work at once when there is one. */
+unsigned int kmig_workers_hurried(const struct kmig_workers *workers);
 /* Chunks waiting or at work; resets the event. */
 uint64_t kmig_workers_busy(struct kmig_workers *workers);
 

@@ -141,12 +141,14 @@ TEST_F(door, long_greeting)
 	EXPECT_SOURCE_SERVED();
 }
 
-TEST_F(door, another_version)
+/* Each side is told what the other speaks. */
+static void greet_in_version(struct __test_metadata *_metadata, FIXTURE_DATA(door) *self, uint16_t version)
 {
 	struct lmtrack_wire_message answer;
+	char text[64];
 
 	kmig_auth_hello(PAGE_BYTES, &self->peer.transcript.source);
-	self->peer.transcript.source.header.version = htole16(LMTRACK_WIRE_VERSION + 1);
+	self->peer.transcript.source.header.version = htole16(version);
 	self->peer.control = peer_socket(self->victim.port);
 	put(self->peer.control, &self->peer.transcript.source, sizeof(self->peer.transcript.source));
 	ASSERT_TRUE(get(self->peer.control, &answer, sizeof(answer)));
@@ -154,6 +156,18 @@ TEST_F(door, another_version)
 	EXPECT_EQ(LMTRACK_WIRE_VERSION, le16toh(answer.version));
 	EXPECT_EQ(LMTRACK_MSG_ABORT, le16toh(answer.type));
 	EXPECT_SOURCE_SERVED();
+	snprintf(text, sizeof(text), "version %u of the protocol, we speak %u", version, LMTRACK_WIRE_VERSION);
+	EXPECT_NE(NULL, strstr(self->victim.warning, text)) TH_LOG("%s", self->victim.warning);
+}
+
+TEST_F(door, a_later_version)
+{
+	greet_in_version(_metadata, self, LMTRACK_WIRE_VERSION + 1);
+}
+
+TEST_F(door, an_earlier_version)
+{
+	greet_in_version(_metadata, self, LMTRACK_WIRE_VERSION - 1);
 }
 
 /* More than there are slots for, none of whom says a word. */
@@ -358,7 +372,7 @@ static int vmm_nothing(void *data)
 struct listener {
 	int fd, port;
 	pthread_t thread;
-	enum { SILENT, HANGS_UP, OTHER_VERSION, NO_SECRET, NO_SENSE } kind;
+	enum { SILENT, HANGS_UP, LATER_VERSION, EARLIER_VERSION, NO_SECRET, NO_SENSE } kind;
 };
 
 static void *listener_main(void *data)
@@ -376,7 +390,17 @@ static void *listener_main(void *data)
 		break;
 	case HANGS_UP:
 		break;
-	case OTHER_VERSION:
+	case EARLIER_VERSION: {
+		struct lmtrack_wire_abort why = { .error = htole32(EPROTONOSUPPORT) };
+		struct lmtrack_wire_message header;
+
+		kmig_message_encode(LMTRACK_MSG_ABORT, &why, sizeof(why), &header);
+		header.version = htole16(LMTRACK_WIRE_VERSION - 1);
+		put(fd, &header, sizeof(header));
+		put(fd, &why, sizeof(why));
+		break;
+	}
+	case LATER_VERSION:
 		kmig_auth_hello(PAGE_BYTES, &transcript.destination);
 		transcript.destination.header.version = htole16(7);
 		put(fd, &transcript.destination, sizeof(transcript.destination));
@@ -410,10 +434,16 @@ FIXTURE(impostor) {
 
 FIXTURE_VARIANT(impostor) {
 	int kind, error;
+	const char *says;
 };
 FIXTURE_VARIANT_ADD(impostor, silent) { .kind = SILENT, .error = -ETIMEDOUT };
 FIXTURE_VARIANT_ADD(impostor, hangs_up) { .kind = HANGS_UP, .error = -ECONNRESET };
-FIXTURE_VARIANT_ADD(impostor, other_version) { .kind = OTHER_VERSION, .error = -EPROTONOSUPPORT };
+FIXTURE_VARIANT_ADD(impostor, later_version) {
+	.kind = LATER_VERSION, .error = -EPROTONOSUPPORT, .says = "version 7 of the protocol",
+};
+FIXTURE_VARIANT_ADD(impostor, earlier_version) {
+	.kind = EARLIER_VERSION, .error = -EPROTONOSUPPORT, .says = "version 1 of the protocol, we speak 2: install the same",
+};
 FIXTURE_VARIANT_ADD(impostor, no_secret) { .kind = NO_SECRET, .error = -EKEYREJECTED };
 FIXTURE_VARIANT_ADD(impostor, no_sense) { .kind = NO_SENSE, .error = -EPROTO };
 
@@ -463,7 +493,7 @@ TEST_F(impostor, learns_nothing)
 	struct kmig_report report = { .size = sizeof(report) };
 
 	EXPECT_EQ(variant->error, kmig_source_run(self->source));
-	EXPECT_NE(0, strlen(kmig_ctx_error(self->ctx)));
+	EXPECT_NE(NULL, strstr(kmig_ctx_error(self->ctx), variant->says ?: " "));
 	TH_LOG("%s", kmig_ctx_error(self->ctx));
 	kmig_source_report(self->source, &report);
 	EXPECT_EQ(KMIG_FAILED, report.verdict);

@@ -159,6 +159,17 @@ TEST_F(pair, sixty_four_channels)
 	EXPECT_SAME_MEMORY();
 }
 
+/* Of a module that cannot have fewer of them carry, as this one, all do. */
+TEST_F(pair, channels_as_it_takes)
+{
+	self->source.channels_auto = true;
+	MIGRATE(4 * MIB, 50);
+	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
+	EXPECT_LE(1, self->source.report.channels);
+}
+
 TEST_F(pair, slow_vmm_is_not_silence)
 {
 	self->source.delay_ms = TIMEOUT_MS + 500;
@@ -203,6 +214,31 @@ TEST_F(pair, gives_up_at_its_limits)
 	EXPECT_NE(NULL, strstr(self->source.error, "longer downtime")) TH_LOG("%s", self->source.error);
 	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
 	EXPECT_RUNS_AT_SOURCE();
+}
+
+/* One that cannot cap: asked for at first it is a failure, asked for later no reason to give up. */
+TEST_F(pair, module_too_old_for_a_cap)
+{
+	self->source.max_bandwidth = 10 * MIB;
+	MIGRATE(MIB, 1000);
+	EXPECT_EQ(-EOPNOTSUPP, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_NE(NULL, strstr(self->source.error, "too old for a cap")) TH_LOG("%s", self->source.error);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
+static void cap_late(struct side *side, int at)
+{
+	if (at == KMIG_STATE_ITERATION)
+		kmig_source_set_max_bandwidth(side->engine, 10 * MIB);
+}
+
+TEST_F(pair, module_too_old_for_a_cap_later)
+{
+	self->source.hook = cap_late;
+	MIGRATE(MIB, 1000);
+	ASSERT_EQ(0, self->world->source_result) TH_LOG("%s", self->source.error);
+	guest_end(&self->world->guest);
+	EXPECT_SAME_MEMORY();
 }
 
 /* It does not take the end of a round, of seconds here, to see that the time is over. */

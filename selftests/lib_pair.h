@@ -136,6 +136,8 @@ enum act { NOTHING, ABORT, KILL, STOP, HANG };
 #define HANG_MS 4000
 /* Beside the ten states, the moments in which the VMM works for an engine. */
 enum { AT_PAUSE = KMIG_STATES, AT_SAVE, AT_LOAD, AT_RUN, AT_PREPARE, POINTS };
+/* And when a round has arrived. */
+enum { AT_ROUND = POINTS + 1 };
 
 struct side {
 	struct world *world;
@@ -147,6 +149,7 @@ struct side {
 	uint64_t bytes;
 	enum act act;
 	int at;
+	void (*hook)(struct side *side, int at);	/* in each of these moments */
 	size_t state_length;
 	bool state_right;
 	unsigned int rounds;
@@ -154,10 +157,23 @@ struct side {
 	struct kmig_report report;
 	char error[512];
 	/* what to change about the options */
+	enum kmig_transport transport;
+	uint64_t rdma_window_bytes;
 	uint32_t downtime_ms, max_rounds, timeout_ms;
 	enum kmig_timeout_action on_timeout;
+	bool no_stun;
 	uint64_t max_time_ms;
-	unsigned int channels;
+	unsigned int channels;		/* 0: as is usual */
+	bool channels_auto;
+	const struct kmig_path *paths;
+	unsigned int path_count;
+	const char *host;		/* to listen on, and to connect to; NULL: loopback */
+	const struct kmig_address *more;
+	unsigned int more_count;
+	uint32_t channel_wait_ms;
+	uint64_t max_bandwidth;
+	bool marked;			/* with these */
+	int dscp, priority;
 	int pause_error, save_error, load_error, run_error, prepare_error;
 	uint64_t max_bytes;
 	unsigned int delay_ms;		/* of each VMM function */
@@ -167,6 +183,8 @@ struct side {
 
 static inline void act(struct side *side, int at)
 {
+	if (side->hook)
+		side->hook(side, at);
 	if (side->at != at)
 		return;
 	if (side->act == KILL)
@@ -262,6 +280,7 @@ static inline void on_round(const struct kmig_round_report *round, void *data)
 	if (round->round == side->rounds + 1)
 		side->rounds++;
 	side->round = *round;
+	act(side, AT_ROUND);
 }
 
 static inline int on_prepare(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data)
@@ -337,11 +356,15 @@ static inline void *destination_main(void *data)
 	struct side *side = data;
 	int err;
 
+	opts.host = side->host;
+	opts.rdma_window_bytes = side->rdma_window_bytes;
 	opts.port = 0;
 	opts.secret = SECRET;
 	opts.secret_len = strlen(SECRET);
 	opts.timeout_ms = side->timeout_ms;
 	opts.max_bytes = side->max_bytes;
+	opts.more = side->more;
+	opts.more_count = side->more_count;
 	err = kmig_destination_new(side->ctx, &opts, &destination_ops, side, &destination);
 	if (!err) {
 		side->engine = destination;
@@ -364,18 +387,31 @@ static inline int source_main(struct side *side)
 	struct kmig_source *source;
 	int err;
 
-	opts.host = "127.0.0.1";
+	opts.host = side->host ? side->host : "127.0.0.1";
+	opts.transport = side->transport;
 	opts.port = side->world->port;
 	opts.secret = SECRET;
 	opts.secret_len = strlen(SECRET);
 	opts.timeout_ms = side->timeout_ms;
 	if (side->channels)
 		opts.channels = side->channels;
+	if (side->channels_auto)
+		opts.channels = KMIG_CHANNELS_AUTO;
+	opts.paths = side->paths;
+	opts.path_count = side->path_count;
 	if (side->downtime_ms)
 		opts.downtime_ms = side->downtime_ms;
 	if (side->max_rounds)
 		opts.max_rounds = side->max_rounds;
+	if (side->channel_wait_ms)
+		opts.channel_wait_ms = side->channel_wait_ms;
+	opts.max_bandwidth = side->max_bandwidth;
+	if (side->marked) {
+		opts.dscp = side->dscp;
+		opts.priority = side->priority;
+	}
 	opts.on_timeout = side->on_timeout;
+	opts.no_stun = side->no_stun;
 	opts.max_time_ms = side->max_time_ms;
 	err = kmig_source_new(side->ctx, &opts, &source_ops, side, &source);
 	if (err)
@@ -417,7 +453,10 @@ static inline int side_init(struct side *side, struct world *world, bool is_sour
 		.state_length = 700000,
 	};
 	opts.bytes = bytes;
-	opts.kind = is_source ? KMIG_REGION_LMTRACK : KMIG_REGION_MEMFD;
+#ifndef SOURCE_REGION
+#define SOURCE_REGION KMIG_REGION_LMTRACK
+#endif
+	opts.kind = is_source ? SOURCE_REGION : KMIG_REGION_MEMFD;
 	err = kmig_ctx_new(&side->ctx);
 	if (err)
 		return err;

@@ -42,6 +42,7 @@ struct victim {
 	int result;
 	bool runs_guest, discarded, prepared;
 	char error[512];
+	char warning[512];		/* the last */
 };
 
 static inline int victim_prepare(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data)
@@ -89,7 +90,10 @@ static inline void *victim_main(void *data)
 
 static inline void victim_log(enum kmig_log_level level, const char *text, void *data)
 {
-	(void)data;
+	struct victim *victim = data;
+
+	if (level == KMIG_LOG_WARNING)
+		snprintf(victim->warning, sizeof(victim->warning), "%s", text);
 	if (getenv("LOG"))
 		fprintf(stderr, "# destination %d: %s\n", level, text);
 }
@@ -119,7 +123,7 @@ static inline int victim_start(struct victim *victim, uint64_t bytes)
 	err = kmig_ctx_new(&victim->ctx);
 	if (err)
 		return err;
-	kmig_ctx_set_log(victim->ctx, victim_log, NULL);
+	kmig_ctx_set_log(victim->ctx, victim_log, victim);
 	err = kmig_region_create(victim->ctx, &opts, &victim->region);
 	if (!err)
 		err = kmig_destination_new(victim->ctx, &victim->opts, &ops, victim, &victim->destination);
@@ -294,7 +298,7 @@ static inline void peer_make_channel(struct peer *peer, uint32_t number, struct 
 	};
 
 	kmig_frame_encode(&frame, NULL, &wire->frame);
-	kmig_auth_channel(&peer->session, PEER_STREAM, number, &wire->channel);
+	kmig_auth_channel(&peer->session, PEER_STREAM, number, 0, &wire->channel);
 }
 
 static inline bool peer_open_channels(struct peer *peer)
@@ -327,6 +331,20 @@ static inline void peer_end(struct peer *peer)
 	for (int i = 0; i < PEER_CHANNELS; i++)
 		if (peer->channel[i] >= 0)
 			close(peer->channel[i]);
+}
+
+/* What the destination gives as the reason for its ABORT, as a negative errno. */
+static inline int reason(struct peer *peer)
+{
+	struct lmtrack_wire_abort abort = { 0 };
+	uint16_t type;
+
+	do {
+		type = peer_recv(peer, &abort, sizeof(abort));
+	} while (type && type != LMTRACK_MSG_ABORT);
+	close(peer->control);
+	peer->control = -1;
+	return -(int)le32toh(abort.error);
 }
 
 #endif /* LIB_PEER_H */

@@ -28,6 +28,7 @@ struct world {
 	double writes;			/* distinct pages a second, until all of the set are dirty */
 	double set;			/* pages of the working set */
 	double ceiling;			/* pages a second, 0: none */
+	bool lost;			/* a channel, in the round that was sent last */
 	double bytes;
 	struct kmig_policy policy;
 };
@@ -39,13 +40,13 @@ static double written(const struct world *world, double seconds)
 	return world->ceiling > 0 ? fmin(pages, world->ceiling * seconds) : pages;
 }
 
-/* Pages are protected one after the other, evenly over the round. */
+/* Pages are protected one after the other, evenly over the round, the last one a trip before it ends. */
 static double left(const struct world *world, double seconds)
 {
 	double sum = 0;
 
 	for (int i = 0; i < 1000; i++)
-		sum += written(world, seconds * (i + 0.5) / 1000);
+		sum += written(world, world->trip + (seconds - world->trip) * (i + 0.5) / 1000);
 	return sum / 1000;
 }
 
@@ -92,6 +93,7 @@ static enum kmig_decision run(struct world *world, const struct kmig_policy_opts
 	for (;;) {
 		begun = world->now;
 		send_round(world);
+		world->lost = false;
 		if (change)
 			change(world, world->policy.rounds);
 		look = (struct kmig_look){
@@ -99,6 +101,7 @@ static enum kmig_decision run(struct world *world, const struct kmig_policy_opts
 			.interval_ns = (world->now - begun) * SECOND,
 			.elapsed_ns = world->now * SECOND,
 			.stunned = world->ceiling > 0 && world->ceiling < world->writes,
+			.lost = world->lost,
 		};
 		decision = kmig_policy_look(&world->policy, &look);
 		if (decision != KMIG_GO_ON || world->policy.rounds > 1000)
@@ -191,15 +194,20 @@ TEST(what_rounds_leave)
 {
 	struct kmig_curve set = { 0 }, left;
 
-	kmig_curve_left(&set, &left);
+	kmig_curve_left(&set, 0, &left);
 	EXPECT_EQ(0, left.count);
 	kmig_curve_add(&set, 500000000, 500);
 	kmig_curve_add(&set, 1000000000, 1000);
 	kmig_curve_add(&set, 2000000000, 1000);
-	kmig_curve_left(&set, &left);
+	kmig_curve_left(&set, 0, &left);
 	EXPECT_LT(fabs(kmig_curve_pages(&left, 1e9) - 500), 5);
 	EXPECT_LT(fabs(kmig_curve_pages(&left, 2e9) - 750), 5);
 	EXPECT_LT(fabs(kmig_curve_pages(&left, 32e9) - 984), 5);
+	EXPECT_LE(kmig_curve_pages(&left, 1000e9), 1010);
+	/* What is under way for half a second is open to writes that long at least. */
+	kmig_curve_left(&set, 500000000, &left);
+	EXPECT_LT(fabs(kmig_curve_pages(&left, 0.5e9) - 500), 5);
+	EXPECT_LT(fabs(kmig_curve_pages(&left, 1e9) - 750), 5);
 	EXPECT_LE(kmig_curve_pages(&left, 1000e9), 1010);
 }
 
@@ -376,7 +384,7 @@ TEST(longest_of_all_intervals)
 
 	kmig_curve_add(&set, UINT64_MAX / 3, UINT64_MAX / 2);
 	kmig_curve_add(&set, UINT64_MAX / 2, UINT64_MAX);
-	kmig_curve_left(&set, &left);
+	kmig_curve_left(&set, 0, &left);
 	ASSERT_LE(2, left.count);
 	for (unsigned int i = 1; i < left.count; i++)
 		EXPECT_LT(left.points[i - 1].interval_ns, left.points[i].interval_ns);
@@ -393,6 +401,24 @@ TEST(a_quiet_guest_is_left_alone)
 	EXPECT_EQ(0, world.policy.ceiling);
 	EXPECT_LE(blackout(&world), 0.3);
 	EXPECT_LT(world.policy.rounds, 5);
+}
+
+/* Half of the guest goes twice, because of the network. */
+static void lose_channel(struct world *world, uint32_t round)
+{
+	world->lost = round == 1;
+	if (world->lost)
+		world->dirty += world->pages / 2;
+}
+
+TEST(a_guest_is_not_slowed_down_for_a_lost_channel)
+{
+	struct world world = { .wire = 40e6, .trip = 0.002, .pages = 65536, .writes = 1000, .set = 4000 };
+	struct kmig_policy_opts opts = usual(&world);
+
+	ASSERT_EQ(KMIG_PAUSE, run(&world, &opts, lose_channel));
+	EXPECT_EQ(0, world.policy.ceiling);
+	EXPECT_GT(6, world.policy.rounds);
 }
 
 TEST(a_working_set_that_fits_is_left_alone)
@@ -522,6 +548,34 @@ static void guest_calms_down(struct world *world, uint32_t round)
 {
 	if (round == 2)
 		world->writes = 3000;
+}
+
+/* What fits the downtime is known at once when the cap is lowered, and soon when it is raised. */
+TEST(the_rate_follows_the_cap)
+{
+	struct kmig_policy_opts opts = { .ram_bytes = 1 << 30, .page_size = PAGE, .downtime_ms = 400 };
+	struct kmig_policy policy;
+
+	kmig_policy_start(&policy, &opts);
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND);
+	EXPECT_EQ(100 * MIB, policy.rate);
+	EXPECT_TRUE(kmig_policy_fits(&policy, 20 * MIB / PAGE));
+	kmig_policy_cap(&policy, 10 * MIB);
+	EXPECT_EQ(10 * MIB, policy.rate);
+	EXPECT_FALSE(kmig_policy_fits(&policy, 20 * MIB / PAGE));
+	EXPECT_TRUE(kmig_policy_fits(&policy, 2 * MIB / PAGE));
+	/* Of a round that began before it. */
+	kmig_policy_sent(&policy, 50 * MIB, SECOND, SECOND);
+	EXPECT_EQ(10 * MIB, policy.rate);
+	kmig_policy_cap(&policy, 60 * MIB);
+	EXPECT_EQ(10 * MIB, policy.rate);
+	kmig_policy_sent(&policy, 60 * MIB, SECOND, SECOND);
+	EXPECT_EQ(60 * MIB, policy.rate);
+	kmig_policy_cap(&policy, 0);
+	kmig_policy_sent(&policy, 100 * MIB, SECOND, SECOND);
+	EXPECT_EQ(100 * MIB, policy.rate);
+	kmig_policy_cap(&policy, 200 * MIB);
+	EXPECT_EQ(100 * MIB, policy.rate);
 }
 
 TEST(a_guest_that_calms_down_is_released)

@@ -94,7 +94,7 @@ struct world_of_pages {
 	uint8_t *copy[REGIONS];
 	uint32_t *round[REGIONS];	/* of each page: the last in which it came */
 	bool *zero[REGIONS];		/* it came as zero then */
-	uint8_t *owner[REGIONS];	/* of each chunk: its channel plus 1 */
+	uint64_t *owner[REGIONS];	/* of each chunk: the last round that brought it (32 bits up), and its channel */
 	uint64_t pages[REGIONS];
 	struct peer peer[CHANNELS_MAX];
 	unsigned int channels;
@@ -135,9 +135,9 @@ static const char *take_frame(struct peer *peer)
 	if (frame.region >= REGIONS ||
 	    kmig_frame_check_extents(&frame, table, to->pages[frame.region], PAGE_BYTES, &chunk, &pages, &why))
 		return why ? why : "region";
-	if (to->owner[frame.region][chunk] && to->owner[frame.region][chunk] != peer->number + 1)
-		return "a chunk changed its channel";
-	to->owner[frame.region][chunk] = peer->number + 1;
+	if (to->owner[frame.region][chunk] >> 32 == frame.round && (uint32_t)to->owner[frame.region][chunk] != peer->number)
+		return "a chunk changed its channel in a round";
+	to->owner[frame.region][chunk] = (uint64_t)frame.round << 32 | peer->number;
 	peer->round_pages += pages;
 	for (uint32_t i = 0; i < frame.extents; i++) {
 		for (uint64_t page = le64toh(table[i].first); page < le64toh(table[i].first) + le32toh(table[i].pages); page++) {
@@ -237,7 +237,7 @@ static void setup_pages(struct world_of_pages *world, unsigned int i)
 	world->copy[i] = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	world->round[i] = calloc(world->pages[i], sizeof(uint32_t));
 	world->zero[i] = calloc(world->pages[i], sizeof(bool));
-	world->owner[i] = calloc(sizes[i] / CHUNK_BYTES + 1, 1);
+	world->owner[i] = calloc(sizes[i] / CHUNK_BYTES + 1, sizeof(uint64_t));
 	dirty_log[i] = calloc((world->pages[i] + 63) / 64, sizeof(uint64_t));
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-// LDFLAGS: -Wl,--wrap=ioctl -Wl,--wrap=open -Wl,--wrap=getaddrinfo
+// LDFLAGS: -Wl,--wrap=ioctl -Wl,--wrap=open -Wl,--wrap=getaddrinfo -Wl,--wrap=sched_getaffinity
 /*
  * libkmig's objects against a scripted kernel: which command is expected with which argument,
  * and what it answers. No module, no root. Every refusal leaves a message.
@@ -11,6 +11,7 @@
 #include <math.h>
 #include <netdb.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -642,7 +643,6 @@ TEST_F(unit, source_options)
 	BAD(host, "", "host");
 	BAD(secret, NULL, "secret");
 	BAD(secret_len, 15, "15 bytes");
-	BAD(channels, 0, "channels");
 	BAD(channels, 65, "65");
 	BAD(downtime_ms, 0, "downtime");
 	BAD(downtime_ms, 60001, "60001");
@@ -657,6 +657,14 @@ TEST_F(unit, source_options)
 	BAD(max_time_ms, UINT64_MAX, "18446744073709551615 ms");
 	BAD(probe_ms, 9, "probe");
 	BAD(probe_ms, 60001, "60001");
+	BAD(transport, KMIG_TRANSPORT_RDMA + 1, "transport");
+	BAD(dscp, -2, "DSCP of -2");
+	BAD(dscp, 64, "DSCP of 64, give 0 to 63");
+	BAD(priority, -2, "priority of -2");
+	BAD(priority, 7, "priority of 7, give 0 to 6");
+	BAD(max_bandwidth, KMIG_BANDWIDTH_MIN - 1, "65535 bytes a second");
+	BAD(max_bandwidth, KMIG_BANDWIDTH_MAX + 1ULL, "1000000000001 bytes a second");
+	BAD(size, offsetof(struct kmig_source_opts, max_bandwidth) - 1, "source options");
 	BAD(size, 8, "source options");
 #undef BAD
 	ops.pause = NULL;
@@ -666,8 +674,18 @@ TEST_F(unit, source_options)
 	EXPECT_FAILS(-EINVAL, kmig_source_new(self->ctx, &good, &ops, NULL, &source), "resume");
 	ops.resume = vmm_nothing;
 	EXPECT_FAILS(-EINVAL, kmig_source_new(self->ctx, &good, NULL, NULL, &source), "functions");
+	/* Of a program that is older than what was added, nothing behind its options is looked at. */
+	opts = good;
+	opts.size = offsetof(struct kmig_source_opts, max_bandwidth);
+	opts.max_bandwidth = 1;
+	EXPECT_EQ(0, kmig_source_new(self->ctx, &opts, &ops, NULL, &source));
+	kmig_source_free(source);
 	ASSERT_EQ(0, kmig_source_new(self->ctx, &good, &ops, NULL, &source));
 	EXPECT_FAILS(-EINVAL, kmig_source_run(source), "no region");
+	EXPECT_EQ(-EINVAL, kmig_source_set_max_bandwidth(source, KMIG_BANDWIDTH_MIN - 1));
+	EXPECT_EQ(-EINVAL, kmig_source_set_max_bandwidth(source, KMIG_BANDWIDTH_MAX + 1ULL));
+	EXPECT_EQ(0, kmig_source_set_max_bandwidth(source, KMIG_BANDWIDTH_MIN));
+	EXPECT_EQ(0, kmig_source_set_max_bandwidth(source, 0));
 	self->region = scripted_region(self->ctx);
 	EXPECT_EQ(0, kmig_source_add_region(source, self->region));
 	EXPECT_FAILS(-EEXIST, kmig_source_add_region(source, self->region), "already");
@@ -765,14 +783,14 @@ TEST_F(unit, connects_to_the_second_address)
 
 	ASSERT_LE(0, silent);
 	ASSERT_LE(0, good);
-	filler = kmig_net_connect(self->ctx, "127.0.0.1", atoi(two_ports[0]), 1000, -1);
+	filler = kmig_net_connect(self->ctx, "127.0.0.1", atoi(two_ports[0]), 1000, -1, NULL);
 	ASSERT_LE(0, filler);
-	fd = kmig_net_connect(self->ctx, TWO, 1, 1000, -1);
+	fd = kmig_net_connect(self->ctx, TWO, 1, 1000, -1, NULL);
 	EXPECT_LE(0, fd) TH_LOG("%s", kmig_ctx_error(self->ctx));
 	close(fd);
 	close(good);
 	/* And no longer than that for both. */
-	EXPECT_GT(0, kmig_net_connect(self->ctx, TWO, 1, 500, -1));
+	EXPECT_GT(0, kmig_net_connect(self->ctx, TWO, 1, 500, -1, NULL));
 	close(filler);
 	close(silent);
 }
@@ -902,14 +920,20 @@ TEST(workers_are_nice_until_there_is_a_hurry)
 	ASSERT_TRUE(all_done());
 	EXPECT_EQ(64, (int)labour.nice);
 	EXPECT_EQ(0, (int)labour.ordinary);
-	kmig_workers_hurry(&labour.workers);
+	kmig_workers_hurry(&labour.workers, true);
 	for (uint64_t i = 0; i < 64; i++)
 		kmig_workers_add(&labour.workers, i);
 	ASSERT_TRUE(all_done());
 	EXPECT_EQ(64, (int)labour.nice);
 	EXPECT_EQ(64, (int)labour.ordinary);
+	kmig_workers_hurry(&labour.workers, false);
+	for (uint64_t i = 0; i < 64; i++)
+		kmig_workers_add(&labour.workers, i);
+	ASSERT_TRUE(all_done());
+	EXPECT_EQ(128, (int)labour.nice);
+	EXPECT_EQ(64, (int)labour.ordinary);
 	for (int i = 0; i < 64; i++)
-		EXPECT_EQ(2, (int)labour.done[i]);
+		EXPECT_EQ(3, (int)labour.done[i]);
 	kmig_workers_stop(&labour.workers);
 }
 
@@ -935,6 +959,36 @@ TEST(memory_available)
 {
 	EXPECT_LT(MIB, kmig_memory_available());
 	EXPECT_GT(1ull << 50, kmig_memory_available());
+}
+
+/* A machine of so many processors, of which every other is ours; 0: it does not say. */
+static int machine_cpus;
+
+int __wrap_sched_getaffinity(pid_t pid, size_t size, cpu_set_t *set);
+
+int __wrap_sched_getaffinity(pid_t pid, size_t size, cpu_set_t *set)
+{
+	(void)pid;
+	if (!machine_cpus || size * 8 < (size_t)machine_cpus) {
+		errno = machine_cpus ? EINVAL : EPERM;
+		return -1;
+	}
+	CPU_ZERO_S(size, set);
+	for (int i = 0; i < machine_cpus; i += 2)
+		CPU_SET_S(i, size, set);
+	return 0;
+}
+
+TEST(processors)
+{
+	static const int there[] = { 2, 1024, 1026, 8192 };
+
+	for (unsigned int i = 0; i < sizeof(there) / sizeof(there[0]); i++) {
+		machine_cpus = there[i];
+		EXPECT_EQ(machine_cpus / 2, kmig_cpus());
+	}
+	machine_cpus = 0;
+	EXPECT_EQ(1, kmig_cpus());
 }
 
 TEST_HARNESS_MAIN

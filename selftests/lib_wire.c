@@ -66,20 +66,6 @@ static bool all_zero(const uint8_t *bytes, size_t length)
 	return !length || (!bytes[0] && !memcmp(bytes, bytes + 1, length - 1));
 }
 
-/* What the destination gives as the reason for its ABORT, as a negative errno. */
-static int reason(struct peer *peer)
-{
-	struct lmtrack_wire_abort abort = { 0 };
-	uint16_t type;
-
-	do {
-		type = peer_recv(peer, &abort, sizeof(abort));
-	} while (type && type != LMTRACK_MSG_ABORT);
-	close(peer->control);
-	peer->control = -1;
-	return -(int)le32toh(abort.error);
-}
-
 /* The destination has refused with this, and memory is as it was. */
 #define EXPECT_REFUSED(errno_) do {							\
 	EXPECT_EQ(errno_, reason(&self->peer));						\
@@ -206,12 +192,35 @@ TEST_F(wire, name)								\
 	EXPECT_REFUSED(error);							\
 }
 WRONG_BYTES(no_magic, -EPROTO, raw.magic = 0)
-WRONG_BYTES(another_version, -EPROTONOSUPPORT, raw.version = htole16(2))
+WRONG_BYTES(a_later_version, -EPROTONOSUPPORT, raw.version = htole16(LMTRACK_WIRE_VERSION + 1))
+WRONG_BYTES(no_version, -EPROTONOSUPPORT, raw.version = 0)
 WRONG_BYTES(flags_set, -EPROTO, raw.flags = 1)
 WRONG_BYTES(reserved_set, -EPROTO, raw.reserved = 1)
 WRONG_BYTES(crc_wrong, -EBADMSG, raw.crc ^= 1)
 WRONG_BYTES(header_bit_flipped, -EBADMSG, raw.seq ^= htole64(1ull << 40))
 WRONG_BYTES(table_bit_flipped, -EBADMSG, table[0].first ^= htole64(1))
+
+/* The source goes, and the destination after it. */
+#define EXPECT_ENDS() do {								\
+	peer_end(&self->peer);								\
+	self->peer.control = self->peer.channel[0] = self->peer.channel[1] = -1;		\
+	EXPECT_EQ(-ECONNRESET, victim_join(&self->victim)) TH_LOG("%s", self->victim.error);	\
+} while (0)
+
+/* That is no failure: the source is told, and says so itself; then the channel is closed. */
+#define EXPECT_CHANNEL_LOST() do {							\
+	struct lmtrack_wire_channel_change _change = { 0 };				\
+											\
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_LOST, peer_recv(&self->peer, &_change, sizeof(_change)));	\
+	EXPECT_EQ(0, le32toh(_change.channel));						\
+	EXPECT_EQ(ECONNRESET, le32toh(_change.error));					\
+	_change = (struct lmtrack_wire_channel_change){ .round = htole32(1) };		\
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_CHANNEL_LOST, &_change, sizeof(_change)));	\
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_CLOSED, peer_recv(&self->peer, &_change, sizeof(_change)));	\
+	EXPECT_EQ(0, le32toh(_change.channel));						\
+	EXPECT_TRUE(all_zero(self->ram, 7 * PAGE_BYTES));				\
+	EXPECT_ENDS();									\
+} while (0)
 
 /* Cut short after so many bytes of header, table and payload. */
 #define CUT(name, bytes)							\
@@ -227,7 +236,7 @@ TEST_F(wire, name)								\
 	memcpy(whole + sizeof(raw), table, sizeof(table));			\
 	put(self->peer.channel[0], whole, bytes);				\
 	shutdown(self->peer.channel[0], SHUT_WR);				\
-	EXPECT_REFUSED(-ECONNRESET);						\
+	EXPECT_CHANNEL_LOST();							\
 }
 CUT(closed_at_once, 0)
 CUT(cut_in_the_header, 63)
@@ -235,6 +244,34 @@ CUT(cut_before_the_table, 64)
 CUT(cut_in_the_table, 79)
 CUT(cut_before_the_payload, 80)
 CUT(cut_in_the_payload, 80 + 4095)
+
+/* From a kernel module that is older than the library at its side. */
+TEST_F(wire, earlier_version_of_a_frame)
+{
+	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END, .stream = PEER_STREAM, .round = 1, .seq = 1, .arg = 1 };
+	struct lmtrack_wire_extent extent;
+	struct kmig_frame frame = good(&self->peer, 7, 1, &extent);
+	struct lmtrack_wire_frame raw;
+	uint8_t both[sizeof(raw) + sizeof(extent)];
+
+	kmig_frame_encode(&frame, &extent, &raw);
+	raw.version = htole16(LMTRACK_WIRE_VERSION_FRAMES);
+	raw.crc = 0;
+	memcpy(both, &raw, sizeof(raw));
+	memcpy(both + sizeof(raw), &extent, sizeof(extent));
+	raw.crc = htole32(kmig_crc32c(both, sizeof(both)));
+	ASSERT_TRUE(put(self->peer.channel[0], &raw, sizeof(raw)));
+	ASSERT_TRUE(put(self->peer.channel[0], &extent, sizeof(extent)));
+	ASSERT_TRUE(put(self->peer.channel[0], self->payload, PAGE_BYTES));
+	ASSERT_TRUE(put_frame(&self->peer, 0, &end, NULL, NULL));
+	end.channel = 1;
+	end.seq = end.arg = 0;
+	ASSERT_TRUE(put_frame(&self->peer, 1, &end, NULL, NULL));
+	ASSERT_EQ(LMTRACK_MSG_UNVERIFIED, peer_recv(&self->peer, NULL, 0));
+	ASSERT_EQ(LMTRACK_MSG_ROUND_ACK, peer_recv(&self->peer, NULL, 0));
+	EXPECT_EQ(0, memcmp(self->ram + 7 * PAGE_BYTES, self->payload, PAGE_BYTES));
+	EXPECT_ENDS();
+}
 
 TEST_F(wire, frame_twice)
 {
@@ -265,13 +302,87 @@ TEST_F(wire, chunk_on_two_channels)
 	put_frame(&self->peer, 1, &end, NULL, NULL);
 	ASSERT_EQ(LMTRACK_MSG_UNVERIFIED, peer_recv(&self->peer, NULL, 0));
 	ASSERT_EQ(LMTRACK_MSG_ROUND_ACK, peer_recv(&self->peer, &ack, sizeof(ack)));
-	/* In another round, another page of it. */
+	/* In another round it may come on any channel. */
 	frame = good(&self->peer, 8, 1, &extent);
 	frame.channel = 1;
 	frame.round = 2;
 	frame.seq = 1;
 	put_frame(&self->peer, 1, &frame, &extent, self->payload);
+	end.round = 2;
+	end.seq = 2;
+	end.arg = 1;
+	put_frame(&self->peer, 1, &end, NULL, NULL);
+	end.channel = 0;
+	end.seq = 2;
+	end.arg = 0;
+	put_frame(&self->peer, 0, &end, NULL, NULL);
+	ASSERT_EQ(LMTRACK_MSG_UNVERIFIED, peer_recv(&self->peer, NULL, 0));
+	ASSERT_EQ(LMTRACK_MSG_ROUND_ACK, peer_recv(&self->peer, &ack, sizeof(ack)));
+	/* But not on two: another page of it. */
+	frame = good(&self->peer, 7, 1, &extent);
+	frame.round = 3;
+	frame.seq = 3;
+	put_frame(&self->peer, 0, &frame, &extent, self->payload);
+	frame = good(&self->peer, 8, 1, &extent);
+	frame.channel = 1;
+	frame.round = 3;
+	frame.seq = 3;
+	put_frame(&self->peer, 1, &frame, &extent, self->payload);
 	EXPECT_REFUSED(-EPROTO);
+}
+
+/* Between two rounds: the next one needs no other to be told from it. */
+TEST_F(wire, chunk_of_a_lost_channel)
+{
+	struct lmtrack_wire_channel_change lost = { .channel = htole32(0), .round = htole32(1) };
+	struct lmtrack_wire_extent extent;
+	struct kmig_frame frame = good(&self->peer, 7, 1, &extent);
+	struct kmig_frame end = { .type = LMTRACK_FRAME_ROUND_END, .stream = PEER_STREAM, .round = 1 };
+	struct lmtrack_wire_round_ack ack;
+
+	ASSERT_TRUE(put_frame(&self->peer, 0, &frame, &extent, self->payload));
+	end.seq = 1;
+	end.arg = 1;
+	ASSERT_TRUE(put_frame(&self->peer, 0, &end, NULL, NULL));
+	end.channel = 1;
+	end.seq = 0;
+	end.arg = 0;
+	ASSERT_TRUE(put_frame(&self->peer, 1, &end, NULL, NULL));
+	ASSERT_EQ(LMTRACK_MSG_UNVERIFIED, peer_recv(&self->peer, NULL, 0));
+	ASSERT_EQ(LMTRACK_MSG_ROUND_ACK, peer_recv(&self->peer, &ack, sizeof(ack)));
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_CHANNEL_LOST, &lost, sizeof(lost)));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_CLOSED, peer_recv(&self->peer, NULL, 0));
+	frame = good(&self->peer, 7, 1, &extent);
+	frame.channel = 1;
+	frame.round = 2;
+	frame.seq = 1;
+	ASSERT_TRUE(put_frame(&self->peer, 1, &frame, &extent, self->payload));
+	end.round = 2;
+	end.seq = 2;
+	end.arg = 1;
+	ASSERT_TRUE(put_frame(&self->peer, 1, &end, NULL, NULL));
+	ASSERT_EQ(LMTRACK_MSG_UNVERIFIED, peer_recv(&self->peer, NULL, 0));
+	ASSERT_EQ(LMTRACK_MSG_ROUND_ACK, peer_recv(&self->peer, &ack, sizeof(ack)));
+	EXPECT_EQ(2, le32toh(ack.round));
+	EXPECT_ENDS();
+}
+
+/* Who has listened can say again what the source said, and is no channel by that. */
+TEST_F(wire, lost_channel_replayed)
+{
+	struct lmtrack_wire_channel_change lost = { .channel = htole32(0), .round = htole32(1) };
+	struct peer_channel_frame again;
+	int fd;
+
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_CHANNEL_LOST, &lost, sizeof(lost)));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_CLOSED, peer_recv(&self->peer, NULL, 0));
+	fd = peer_socket(self->victim.port);
+	ASSERT_LE(0, fd);
+	peer_make_channel(&self->peer, 0, &again);
+	ASSERT_TRUE(put(fd, &again, sizeof(again)));
+	EXPECT_TRUE(hung_up(fd));
+	close(fd);
+	EXPECT_ENDS();
 }
 
 TEST_F(wire, frame_after_the_end)

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -26,6 +27,8 @@ struct play {
 	double pause_s;		/* what is left takes no longer: pause */
 	uint64_t scan;		/* nanoseconds of each round */
 	uint64_t lump;		/* what was sent counts up by so many bytes; 0: steadily */
+	uint64_t cap;		/* on the bandwidth, from the beginning; and from the second round on */
+	uint64_t later_cap;
 };
 
 FIXTURE(html)
@@ -121,6 +124,7 @@ static uint64_t play(FIXTURE_DATA(html) *self, const struct play *p)
 	enter(self, KMIG_STATE_CAPACITY);
 	r->total_ns = 500 * MS;
 	enter(self, KMIG_STATE_CHANNELS);
+	r->max_bandwidth = p->cap;
 	r->setup_ns = r->total_ns = 510 * MS;
 	enter(self, KMIG_STATE_FIRST_PASS);
 	while (r->rounds < p->rounds) {
@@ -134,6 +138,7 @@ static uint64_t play(FIXTURE_DATA(html) *self, const struct play *p)
 		if (dirty > (double)p->working_set)
 			dirty = (double)p->working_set;
 		left = (uint64_t)dirty;
+		r->max_bandwidth = p->later_cap;
 		r->dirty_pages_per_second = dirty / (double)(r->total_ns - begin) * 1e9;
 		r->remaining_bytes = left * PAGE;
 		if (left * PAGE / p->wire <= p->pause_s)
@@ -299,6 +304,8 @@ TEST_F(html, short_run)
 	complete(self, &p, play(self, &p));
 	look(_metadata, self);
 	EXPECT_EQ(NULL, find(self, "(stun)"));
+	EXPECT_EQ(NULL, find(self, "line cap"));
+	EXPECT_EQ(NULL, find(self, "might be sent"));
 	EXPECT_EQ(NULL, find(self, "of it<br/>scan"));
 	EXPECT_EQ(NULL, find(self, "held back"));
 	EXPECT_NE(NULL, find(self, ">600</text>"));
@@ -326,6 +333,96 @@ TEST_F(html, slow_link)
 	EXPECT_LT(10, steps);
 	/* Paused, devices are loaded and nothing is sent. */
 	EXPECT_GE(2, idle);
+}
+
+/* The steps of the cap's line, at most @most: where each begins and ends, and how high it is. */
+static size_t cap_steps(FIXTURE_DATA(html) *self, double step[][3], size_t most)
+{
+	static const char path[] = "<path class=\"line cap\" d=\"M";
+	const char *at = find(self, "<svg class=\"chart\"");
+	size_t n = 0;
+
+	at = at ? strstr(at, path) : NULL;
+	for (at = at ? at + strlen(path) - 1 : NULL; at && n < most; at = strpbrk(at + 1, "LM\"")) {
+		if (sscanf(at + 1, "%lf %lfH%lf", &step[n][0], &step[n][2], &step[n][1]) != 3)
+			break;
+		n++;
+	}
+	return n;
+}
+
+/* Half of it from the second round on: the line goes down there, by half, and on to the end. */
+TEST_F(html, capped)
+{
+	struct play p = { .wire = 8e6, .dirty = 500, .pages = 100 << 8, .working_set = 20000, .rounds = 4, .pause_s = 0.1,
+			  .cap = 8000000, .later_cap = 4000000 };
+	double step[4][3], base = 250;
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	ASSERT_EQ(2, cap_steps(self, step, 4));
+	EXPECT_EQ(58, step[0][0]);
+	EXPECT_EQ(step[0][1], step[1][0]);
+	EXPECT_EQ(808, step[1][1]);
+	EXPECT_GT(0.2, fabs(base - step[0][2] - 2 * (base - step[1][2])));
+	EXPECT_NE(NULL, find(self, "the most that might be sent (--max-bandwidth)</span>"));
+	EXPECT_NE(NULL, find(self, "What might be sent: no more than 8.00 MB/s; from 13.6 s on no more than 4.00 MB/s.</small></p>"));
+}
+
+/* Until it ends there is a line, and what it was is said. */
+TEST_F(html, capped_for_a_while)
+{
+	struct play p = { .wire = 8e6, .dirty = 500, .pages = 100 << 8, .working_set = 20000, .rounds = 4, .pause_s = 0.1,
+			  .cap = 8000000 };
+	double step[4][3];
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	ASSERT_EQ(1, cap_steps(self, step, 4));
+	EXPECT_GT(808, step[0][1]);
+	EXPECT_NE(NULL, find(self, "no more than 8.00 MB/s; from 13.6 s on what the network takes.</small></p>"));
+}
+
+/* One that is never reached makes nothing else small: it is only said. */
+TEST_F(html, capped_far_above)
+{
+	struct play p = { .wire = 8e6, .dirty = 500, .pages = 100 << 8, .working_set = 20000, .rounds = 4, .pause_s = 0.1,
+			  .cap = 8000000000, .later_cap = 8000000000 };
+	double step[4][3];
+
+	complete(self, &p, play(self, &p));
+	look(_metadata, self);
+	EXPECT_EQ(0, cap_steps(self, step, 4));
+	EXPECT_NE(NULL, find(self, ">8</text>"));
+	EXPECT_EQ(NULL, find(self, ">10</text>\n<text class=\"end\" x=\"50\" y=\"26\">MB/s"));
+	EXPECT_NE(NULL, find(self, "What might be sent: no more than 8000 MB/s.</small></p>"));
+}
+
+/* Changed all the time, for long: the line stays whole, the file small. */
+TEST_F(html, capped_and_capped_again)
+{
+	struct play p = { .wire = 8e6, .pages = 100 << 8, .rounds = 1 };
+	struct kmig_report *r = &self->now;
+	double step[2000][3];
+	size_t n, i;
+
+	play(self, &p);
+	for (i = 0; i < 100000; i++) {
+		r->total_ns += MS;
+		r->max_bandwidth = 4000000 + i % 2;
+		tell(self);
+	}
+	fail_with(self, "aborted");
+	EXPECT_EQ(100000, self->account.cap_count);
+	look(_metadata, self);
+	n = cap_steps(self, step, 2000);
+	EXPECT_LT(100, n);
+	EXPECT_GT(2000, n);
+	for (i = 1; i < n; i++)
+		ASSERT_EQ(step[i - 1][1], step[i][0]);
+	EXPECT_EQ(808, step[n - 1][1]);
+	EXPECT_NE(NULL, find(self, "; and 99994 changes more.</small></p>"));
+	EXPECT_GE(1 << 19, self->length);
 }
 
 TEST_F(html, one_round)

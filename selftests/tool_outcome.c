@@ -204,6 +204,22 @@ TEST_F(outcome, probe_too_short)
 	EXPECT_NE(NULL, strstr(self->said, "--probe must be 0 or a number from 10 to 60000, not '9'")) TH_LOG("%s", self->said);
 }
 
+TEST_F(outcome, wrong_channels)
+{
+	static char *const bad[] = { "0", "65", "Auto", "" };
+
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *argv[] = { "kmig", "qemu", "migrate", "--channels", bad[i], NULL };
+		struct json_object *root;
+		char want[96];
+
+		snprintf(want, sizeof(want), "--channels must be auto or a number from 1 to 64, not '%s'", bad[i]);
+		start(self, argv, -1);
+		EXPECT_EQ(EXIT_USAGE, end(self, &root));
+		EXPECT_NE(NULL, strstr(self->said, want)) TH_LOG("%s", self->said);
+	}
+}
+
 TEST_F(outcome, interrupted)
 {
 	struct json_object *root;

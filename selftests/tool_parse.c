@@ -128,6 +128,26 @@ static int parse_words(const char *line, int *operands)
 	return ret;
 }
 
+TEST(bandwidths)
+{
+	uint64_t rate = 1;
+
+	EXPECT_EQ(0, parse_bandwidth("--max-bandwidth", "none", &rate));
+	EXPECT_EQ(0, rate);
+	EXPECT_EQ(0, parse_bandwidth("--max-bandwidth", "64KiB/s", &rate));
+	EXPECT_EQ(KMIG_BANDWIDTH_MIN, rate);
+	EXPECT_EQ(0, parse_bandwidth("--max-bandwidth", "1000GB/s", &rate));
+	EXPECT_EQ(KMIG_BANDWIDTH_MAX, rate);
+	EXPECT_EQ(0, parse_bandwidth("--max-bandwidth", "400Mbit", &rate));
+	EXPECT_EQ(50000000, rate);
+	EXPECT_EQ(-EINVAL, parse_bandwidth("--max-bandwidth", "0", &rate));
+	EXPECT_EQ(-EINVAL, parse_bandwidth("--max-bandwidth", "65535", &rate));
+	EXPECT_EQ(-EINVAL, parse_bandwidth("--max-bandwidth", "1001GB/s", &rate));
+	EXPECT_EQ(-EINVAL, parse_bandwidth("--max-bandwidth", "None", &rate));
+	EXPECT_EQ(-EINVAL, parse_bandwidth("--max-bandwidth", "", &rate));
+	EXPECT_EQ(50000000, rate);
+}
+
 TEST(options)
 {
 	static const struct { const char *line, *message; } bad[] = {
@@ -470,10 +490,14 @@ static void tell(struct account *a)
 		.guest = { .write_faults = 590, .fault_ns = 3000000, .stuns = 30, .stun_ns = 450000000,
 			   .stun_max_ns = 20000000, .threads = 1, .thread = { { 77, 30, 300000000 } } },
 		.decision = "what is left fits the downtime", .memory_harvest_ns = 1250000, .memory_copy_ns = 1750000,
+		.channels = 4, .channels_why = "more of them carried no more",
 	};
-	struct kmig_report now = { .total_ns = 1100000000, .state = KMIG_STATE_FIRST_PASS };
+	struct kmig_report now = { .total_ns = 90000000, .state = KMIG_STATE_CHANNELS, .max_bandwidth = 4500000 };
 
 	a->source = true;
+	account_progress(a, &now);
+	now.state = KMIG_STATE_FIRST_PASS;
+	now.total_ns = 1100000000;
 	a->report = now;
 	account_progress(a, &now);
 	account_round(a, &round_reports[0]);
@@ -484,6 +508,7 @@ static void tell(struct account *a)
 	a->report = now;
 	account_progress(a, &now);
 	account_round(a, &round_reports[1]);
+	now.max_bandwidth = 0;
 	now.state = KMIG_STATE_BLACKOUT;
 	now.forecast.rounds = 9;	/* a later one, which is not shown */
 	a->report = now;
@@ -515,6 +540,8 @@ TEST(report)
 		"    HELD CEILING ERROR\n", "      40     600   12%\n",
 		"downtime in ms: pause 1.0, device state out 2.0, memory 3.0 (harvest 1.2, copy 1.8), digests 4.0, device state in 5.0, commit 6.0, resume 7.0\n",
 		"pre-copy ended: what is left fits the downtime\n",
+		"4 data channels carried: more of them carried no more\n",
+		"bandwidth limited to 4.500 MB/s, no more from 1.6 s on\n",
 		"forecast, round 1: 2 rounds, 2.4 MiB, 0.8 s, downtime 30 ms, stun 600/s\n",
 		"what came:         1 round, 2.3 MiB, 0.9 s, downtime 28 ms\n",
 		"the guest felt: 590 write faults, 3.0 ms in them\n",
@@ -538,6 +565,36 @@ TEST(report)
 		  number_at(root, "memory-parts", "harvest") + number_at(root, "memory-parts", "copy"));
 	EXPECT_EQ(2, number_at(root, "forecast", "dirty-sync-count"));
 	EXPECT_EQ(20, number_at(root, "guest", "cpu-throttle-percentage"));
+	json_object_put(root);
+	free(text);
+	account_free(&a);
+}
+
+/* Each change of the cap, with its time; the text has the first of them. */
+TEST(report_of_caps)
+{
+	static const uint64_t caps[] = { 1000000, 1000000, 500000, 0, 0, 2000000, 3000000, 4000000 };
+	static const double told[][2] = { { 1, 1000000 }, { 3, 500000 }, { 4, 0 }, { 6, 2000000 }, { 7, 3000000 }, { 8, 4000000 } };
+	struct account a = { .source = true, .report.state_ns[KMIG_STATE_FIRST_PASS] = 1000000 };
+	struct kmig_report now = { 0 };
+	struct json_object *root, *list;
+	char *text;
+	size_t i;
+
+	for (i = 0; i < sizeof(caps) / sizeof(caps[0]); i++) {
+		now.total_ns += 1000000;
+		now.max_bandwidth = caps[i];
+		account_progress(&a, &now);
+	}
+	root = put(&a, &text);
+	EXPECT_NE(NULL, strstr(text, "bandwidth limited to 1.000 MB/s, to 0.500 MB/s from 0.0 s on, no more from 0.0 s on, "
+				     "to 2.000 MB/s from 0.0 s on, and 2 changes more\n")) TH_LOG("%s", text);
+	ASSERT_TRUE(json_object_object_get_ex(root, "max-bandwidth", &list));
+	ASSERT_EQ(sizeof(told) / sizeof(told[0]), json_object_array_length(list));
+	for (i = 0; i < sizeof(told) / sizeof(told[0]); i++) {
+		EXPECT_EQ(told[i][0], number_at(json_object_array_get_idx(list, i), "ms", NULL));
+		EXPECT_EQ(told[i][1], number_at(json_object_array_get_idx(list, i), "bytes-per-second", NULL));
+	}
 	json_object_put(root);
 	free(text);
 	account_free(&a);
@@ -578,7 +635,7 @@ TEST(report_of_scanning)
 TEST(report_leaves_out)
 {
 	static const char *const unsaid[] = {
-		"HELD", "CEILING", "ERROR", "SCAN", "forecast", "guest", "Mbit", "copied", "ROUND", "downtime in",
+		"HELD", "CEILING", "ERROR", "SCAN", "forecast", "guest", "Mbit", "copied", "ROUND", "downtime in", "bandwidth",
 	};
 	struct account a = { .report = { .verdict = KMIG_COMPLETED, .data_pages = 7, .copied_bytes = 7 << 12 } };
 	struct json_object *root;
@@ -591,6 +648,7 @@ TEST(report_leaves_out)
 	EXPECT_EQ(-1, number_at(root, "rounds", NULL));
 	EXPECT_EQ(-1, number_at(root, "ram", "mbps"));
 	EXPECT_EQ(-1, number_at(root, "forecast", NULL));
+	EXPECT_EQ(-1, number_at(root, "max-bandwidth", NULL));
 	EXPECT_EQ(7, number_at(root, "ram", "normal"));
 	json_object_put(root);
 	free(text);

@@ -160,6 +160,18 @@ TEST_F(rescue, when_it_was_let_go_on)
 	EXPECT_NE(NULL, strstr(self->heard, "cont;"));
 }
 
+/* Once, for want of a channel; and was paused again and committed. */
+TEST_F(rescue, when_it_had_been_let_go_on_before)
+{
+	footprint_pause(&self->f);
+	self->f.resuming = true;
+	self->f.paused = false;
+	footprint_pause(&self->f);
+	self->f.state = KMIG_STATE_CHECK;
+	RESCUED(EXIT_UNKNOWN, "may run at the destination");
+	EXPECT_STREQ("", self->heard);
+}
+
 TEST_F(rescue, refused)
 {
 	self->f.paused = true;

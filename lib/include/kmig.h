@@ -8,8 +8,9 @@
  * program built against an older header keeps working: initialise them with the
  * KMIG_..._INIT macro and set what differs.
  *
- * An object may be used by one thread at a time; kmig_source_abort() and
- * kmig_destination_abort() may be called from any thread and from signal handlers.
+ * An object may be used by one thread at a time; kmig_source_abort(),
+ * kmig_source_set_max_bandwidth() and kmig_destination_abort() may be called from any thread and
+ * from signal handlers.
  * The library has no globals, prints nothing, never exits and installs no signal handler
  * (it writes to sockets with MSG_NOSIGNAL; the kernel module does likewise).
  */
@@ -145,7 +146,7 @@ struct kmig_stream_opts {
 
 struct kmig_round {
 	uint32_t round;
-	int error;		/* 0 or negative errno */
+	int error;		/* 0 or negative errno; that of a channel which is lost, see kmig_stream_lost() */
 	int channel;		/* where the error happened, or -1 */
 	uint64_t duration_ns, pages, data_pages, zero_pages, bytes;
 };
@@ -171,9 +172,34 @@ struct kmig_channel_stats {
 };
 
 int kmig_stream_create(struct kmig_ctx *ctx, const struct kmig_stream_opts *opts, struct kmig_stream **stream);
-int kmig_stream_fd(const struct kmig_stream *stream);		/* POLLIN: the round has ended */
+int kmig_stream_fd(const struct kmig_stream *stream);		/* POLLIN: the round has ended; POLLPRI: a channel is lost */
 int kmig_stream_add_region(struct kmig_stream *stream, struct kmig_region *region, uint32_t index);
 int kmig_stream_add_channel(struct kmig_stream *stream, int sock);	/* returns the channel's number; sock stays the caller's */
+/**
+ * kmig_stream_lost() - channels that are lost, and were not dropped
+ * @lost: out, bit n: channel n
+ *
+ * Their connections broke. The round goes on over the others; no other begins before the lost ones
+ * are dropped.
+ */
+int kmig_stream_lost(struct kmig_stream *stream, uint64_t *lost);
+/**
+ * kmig_stream_drop_channel() - let go of a channel, lost or not
+ * @why: out, how it was lost, a negative errno; ECANCELED: it was not
+ *
+ * What it has sent in the round is dirty again. That must not be sent over another channel before
+ * the receiver has closed its end, or an older copy may land on a newer one. EINVAL: no such
+ * channel; EALREADY: dropped before; EPIPE: the stream has failed.
+ */
+int kmig_stream_drop_channel(struct kmig_stream *stream, uint32_t channel, int *why);
+/**
+ * kmig_stream_replace_channel() - another connection for a channel that was dropped
+ * @sock: stays the caller's
+ *
+ * Between two rounds, when the receiver has all of the last. EBUSY: a round is being sent; EEXIST:
+ * the channel was not dropped; else as for kmig_stream_add_channel().
+ */
+int kmig_stream_replace_channel(struct kmig_stream *stream, uint32_t channel, int sock);
 int kmig_stream_send(struct kmig_stream *stream, uint32_t round, enum kmig_send_what what);
 int kmig_stream_wait(struct kmig_stream *stream, int timeout_ms, struct kmig_round *round);
 int kmig_stream_times(struct kmig_stream *stream, struct kmig_round_times *times);	/* of the round last waited for */
@@ -321,7 +347,7 @@ struct kmig_report {
 	size_t size;
 	enum kmig_verdict verdict;
 	enum kmig_state state;
-	uint64_t total_ns;		/* since the engine started to run */
+	uint64_t total_ns;		/* from the start of the engine until clean-up, or now */
 	uint64_t downtime_ns;		/* source paused to destination running, as the source saw it; destination: since it heard of the pause */
 	uint64_t setup_ns;		/* hello to first pass */
 	uint64_t state_ns[KMIG_STATES];	/* when each state began, since the start; 0 for one not reached, but the first */
@@ -349,6 +375,13 @@ struct kmig_report {
 	 * were looked for and taken; they were sent, and stored by the destination
 	 */
 	uint64_t memory_harvest_ns, memory_copy_ns;
+	/* Both sides': data channels that broke, and that came back, each as often as it did */
+	uint32_t channels_lost, channels_rejoined;
+	uint32_t rdma_channels;		/* data channels that began over RDMA */
+	/* The source's: data channels that carry, and why not more; NULL: not found out, or as it was told */
+	uint32_t channels;
+	const char *channels_why;	/* a constant */
+	uint64_t max_bandwidth;		/* the source's: the cap in effect, bytes a second; 0: none */
 };
 
 struct kmig_round_report {
@@ -378,7 +411,10 @@ struct kmig_source_ops {
 	 * If it fails, @resume is called all the same
 	 */
 	int (*pause)(void *data);
-	/** @resume: run the guest again, after an abort before commit; called only if @pause was */
+	/**
+	 * @resume: run the guest again, after an abort before commit, or because no data channel is
+	 * left; then @pause and @save_state may follow once more. Called only if @pause was
+	 */
 	int (*resume)(void *data);
 	/**
 	 * @save_state: device state into memory from malloc(), freed by the engine; 1 GiB at
@@ -433,13 +469,45 @@ enum kmig_tracker_kind {
 	KMIG_TRACKER_EXTERNAL,
 };
 
+/**
+ * enum kmig_transport - what data channels go over
+ * @KMIG_TRANSPORT_TCP:	TCP
+ * @KMIG_TRANSPORT_AUTO: RDMA where both sides can; a channel that cannot be set up, or is lost,
+ *			goes over TCP
+ * @KMIG_TRANSPORT_RDMA: RDMA and nothing else: where it cannot be set up the migration fails, and
+ *			when the last channel is lost
+ *
+ * RDMA needs KMIG_TRACKER_LMTRACK, lmtrack_rdma.ko, and at both ends a device with the address of
+ * the control connection.
+ */
+enum kmig_transport { KMIG_TRANSPORT_TCP, KMIG_TRANSPORT_AUTO, KMIG_TRANSPORT_RDMA };
+
+/**
+ * struct kmig_path - a way for data channels to the destination
+ *
+ * Addresses are numeric. What is not given, the routes decide.
+ */
+struct kmig_path {
+	const char *local;	/* address to connect from, or NULL */
+	const char *device;	/* network device to leave by, or NULL */
+	const char *remote;	/* the destination's address; NULL: where the control connection goes */
+	uint16_t port;		/* there; 0: the control connection's */
+};
+#define KMIG_PATHS_MAX 16
+
+/*
+ * As many as it takes: one for each path at first, then more as long as more is carried, up to one
+ * for each processor that this thread may run on
+ */
+#define KMIG_CHANNELS_AUTO 0
+
 struct kmig_source_opts {
 	size_t size;
 	const char *host;	/* destination, numeric or name */
 	uint16_t port;		/* 0: KMIG_PORT */
 	const void *secret;	/* shared secret, at least 16 bytes */
 	size_t secret_len;
-	unsigned int channels;	/* 1 to 64 */
+	unsigned int channels;	/* 1 to 64, or KMIG_CHANNELS_AUTO */
 	uint32_t downtime_ms;	/* limit that decides when to pause; 1 to 60000 */
 	uint32_t max_rounds;	/* of pre-copy, 1 to 10000; see on_timeout */
 	/*
@@ -462,9 +530,39 @@ struct kmig_source_opts {
 	bool no_stun;
 	bool no_hold_back;
 	uint32_t probe_ms;			/* watch the guest before anything is sent, 10 to 60000, if it is lmtrack's; 0: do not */
+	/*
+	 * A data channel that breaks is connected again, and the others go on meanwhile. When all are
+	 * lost, the guest runs, and so long one may take to come back; 0: then it has failed
+	 */
+	uint32_t channel_wait_ms;
+	/*
+	 * Bytes a second that all data channels together hand to the network, KMIG_BANDWIDTH_MIN to
+	 * KMIG_BANDWIDTH_MAX; 0: as many as it takes. It holds in the blackout as well: what fits the
+	 * downtime is judged by it. The control connection, and with it the device state, is not capped
+	 */
+	uint64_t max_bandwidth;
+	enum kmig_transport transport;	/* of data channels */
+	/*
+	 * For the network, on what this side sends over its TCP connections, of control and data: DSCP
+	 * (0 to 63) in the IP header, and SO_PRIORITY (0 to 6) for the host's own queues. -1: as it is.
+	 * A DSCP alone also sets the priority, to what the kernel derives from it. RDMA's channels keep
+	 * the traffic class of their device
+	 */
+	int dscp;
+	int priority;
+	/*
+	 * The data channels are spread evenly over these paths, which are copied. One that breaks comes
+	 * back over its own path, or over another if that does not connect: the migration lives as long
+	 * as one path does, and the control connection. None: all as the control connection
+	 */
+	const struct kmig_path *paths;
+	unsigned int path_count;		/* at most KMIG_PATHS_MAX */
 };
+#define KMIG_BANDWIDTH_MIN 65536
+#define KMIG_BANDWIDTH_MAX 1000000000000
 #define KMIG_SOURCE_OPTS_INIT { .size = sizeof(struct kmig_source_opts), .channels = 2, \
-	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000, .convergence = 0.5, .stun_floor = 256 }
+	.downtime_ms = 300, .max_rounds = 30, .timeout_ms = 10000, .convergence = 0.5, .stun_floor = 256, \
+	.channel_wait_ms = 30000, .dscp = -1, .priority = -1 }
 
 int kmig_source_new(struct kmig_ctx *ctx, const struct kmig_source_opts *opts,
 		    const struct kmig_source_ops *ops, void *data, struct kmig_source **source);
@@ -482,6 +580,16 @@ int kmig_source_add_region(struct kmig_source *source, struct kmig_region *regio
  */
 int kmig_source_run(struct kmig_source *source);
 void kmig_source_abort(struct kmig_source *source);
+
+/**
+ * kmig_source_set_max_bandwidth() - change @max_bandwidth of the options, also while it runs
+ *
+ * From any thread and from signal handlers, as long as @source is there. It is in effect a tenth of
+ * a second later at most, unless one of the VMM's functions runs: then when that has returned. A
+ * module that is too old for it is told of in the log, and the migration goes on. EINVAL, without a
+ * message: out of range.
+ */
+int kmig_source_set_max_bandwidth(struct kmig_source *source, uint64_t bytes_per_second);
 int kmig_source_report(struct kmig_source *source, struct kmig_report *report);
 void kmig_source_free(struct kmig_source *source);
 
@@ -512,6 +620,12 @@ struct kmig_destination_ops {
 	void (*progress)(const struct kmig_report *report, void *data);	/* may be NULL */
 };
 
+struct kmig_address {
+	const char *host;	/* numeric or name */
+	uint16_t port;
+};
+#define KMIG_LISTEN_MAX 16
+
 struct kmig_destination_opts {
 	size_t size;
 	const char *host;	/* address to listen on; NULL: 127.0.0.1 */
@@ -524,6 +638,19 @@ struct kmig_destination_opts {
 	 * 0: all of the sum must be, in MemAvailable and in the memory cgroups of this process
 	 */
 	uint64_t max_bytes;
+	/*
+	 * A source that asks for RDMA gets it if there is a device. Memory is registered for it, and so
+	 * stays in memory, in windows of this many bytes, a multiple of a chunk and 1 GiB at most;
+	 * 0: 16 MiB, or as much as it takes so that the device can have all of them
+	 */
+	uint64_t rdma_window_bytes;
+	bool no_rdma;
+	/*
+	 * Further addresses to listen on, for data channels over several paths; port 0: that of the
+	 * first. Any connection may come to any of them
+	 */
+	const struct kmig_address *more;
+	unsigned int more_count;	/* less than KMIG_LISTEN_MAX */
 };
 #define KMIG_DESTINATION_OPTS_INIT { .size = sizeof(struct kmig_destination_opts), \
 	.port = KMIG_PORT, .timeout_ms = 10000 }
@@ -532,7 +659,7 @@ struct kmig_destination_opts {
 int kmig_destination_new(struct kmig_ctx *ctx, const struct kmig_destination_opts *opts,
 			 const struct kmig_destination_ops *ops, void *data,
 			 struct kmig_destination **destination);
-int kmig_destination_address(struct kmig_destination *destination, struct sockaddr_storage *address, socklen_t *length);
+int kmig_destination_address(struct kmig_destination *destination, struct sockaddr_storage *address, socklen_t *length);	/* the first */
 
 /**
  * kmig_destination_run() - receive one migration; blocks, calling the VMM's functions on this

@@ -49,7 +49,7 @@ static void send_message(struct script *script, struct peer *peer, bool *committ
 {
 	static uint8_t body[LMTRACK_WIRE_BODY_MAX];
 	uint8_t wrong = script_number(script, 1);
-	uint16_t type = script_number(script, wrong & 1 ? 2 : 1) % (wrong & 1 ? UINT16_MAX : LMTRACK_MSG_ABORT + 2);
+	uint16_t type = script_number(script, wrong & 1 ? 2 : 1) % (wrong & 1 ? UINT16_MAX : LMTRACK_MSG_WINDOW + 2);
 	struct lmtrack_wire_message header;
 	const uint8_t *bytes;
 	size_t length, given;

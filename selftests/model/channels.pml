@@ -3,21 +3,20 @@
  * Rounds over several channels: a stale copy of a page never lands after a newer one, and in
  * the end the destination has what the source had.
  *
- * As it stands, this is what kmod/stream.c, lib/source.c, lib/receiver.c and lib/destination.c
- * do: a chunk goes over its own channel; a round begins when the one before was acknowledged,
- * and is acknowledged when every channel's ROUND_END was stored; a channel that is lost ends the
- * migration.
- *
- * With FAILOVER the migration goes on over the channels that are left. That is not built; the
- * model says by which rules it can be:
+ * This is what kmod/stream.c, lib/sender.c, lib/source.c, lib/channels.c, lib/receiver.c and
+ * lib/destination.c do: a round sends a chunk over one channel, whichever comes for it first; it
+ * begins when the one before was acknowledged, and is acknowledged when the ROUND_END of every
+ * channel in it was stored. When a channel is lost, it goes on over those that are left:
  *
  * 1. The barrier: before anything that a lost channel carried goes out over another, the
  *    destination has closed that channel, so that nothing of it can be stored any more, and has
  *    said so. (Of a socket, the thread was joined; a queue pair is in the error state.)
- * 2. What the channel carried since the last acknowledgement is dirty again, and its chunks
- *    belong to others.
+ * 2. What the channel carried since the last acknowledgement is dirty again, for the next round.
  * 3. The round then needs the ROUND_END of those that are left.
- * 4. A channel that joins again gets its chunks between two rounds.
+ * 4. A channel joins again between two rounds.
+ *
+ * When none is left, the build waits for one to return; here it is over. With NO_FAILOVER any loss
+ * ends it.
  *
  * A chunk is one page, which holds the number of its last write. Frames wait on a channel for as
  * long as they like; those on a lost one may still arrive, in order, as far as they do. The
@@ -45,7 +44,7 @@
 byte page[CHUNKS] = 1;
 bool dirty[CHUNKS] = true;
 bool paused;
-byte owner[CHUNKS];		/* the channel a chunk belongs to */
+byte taken[CHUNKS];		/* the last round in which a channel came for it */
 byte carrier[CHUNKS];		/* since the last acknowledgement: which carried it, plus 1 */
 byte round;
 byte sent[CHANNELS];		/* rounds, up to ROUND_END */
@@ -53,6 +52,15 @@ bool failed[CHANNELS];		/* its thread has failed to send, and waits to be told *
 bool stop[CHANNELS], stopped[CHANNELS];
 
 /* ---- Between them ---- */
+
+/* May the channel come for the chunk? */
+#ifdef OWN_CHANNEL
+#define FREE(chunk)	((chunk) % CHANNELS == me)
+#elif defined(TWICE)
+#define FREE(chunk)	true
+#else
+#define FREE(chunk)	(taken[chunk] != round)
+#endif
 
 chan wire[CHANNELS] = [CHUNKS + 1] of { byte, byte, byte };	/* chunk, contents, round */
 bool lost[CHANNELS];
@@ -93,9 +101,10 @@ proctype sender(byte me)
 end:	do
 	:: sent[me] != round && !stop[me] && !failed[me] && !over ->
 		do
-		:: atomic { chunk < CHUNKS && owner[chunk] == me && dirty[chunk] ->
+		:: atomic { chunk < CHUNKS && FREE(chunk) && dirty[chunk] ->
 			dirty[chunk] = false;
-#ifdef FAILOVER
+			taken[chunk] = round;
+#ifndef NO_FAILOVER
 			carrier[chunk] = me + 1
 #endif
 		   }
@@ -104,7 +113,7 @@ end:	do
 			:: lost[me] -> failed[me] = true; break
 			:: over -> break		/* it was shut down */
 			fi
-		:: atomic { chunk < CHUNKS && !(owner[chunk] == me && dirty[chunk]) -> chunk++ }
+		:: atomic { chunk < CHUNKS && !(FREE(chunk) && dirty[chunk]) -> chunk++ }
 		:: atomic { chunk == CHUNKS && nfull(wire[me]) ->
 			wire[me]!ROUND_END, 0, round;
 			sent[me] = round;
@@ -194,15 +203,7 @@ end:	do
 
 inline begin_round()
 {
-	atomic {
-#ifdef CHUNKS_MOVE
-		for (n : 0 .. CHUNKS - 1) {
-			owner[n] = (n + round) % CHANNELS
-		}
-		n = 0;
-#endif
-		round++
-	}
+	round++
 }
 
 inline fail_over(which)
@@ -226,10 +227,6 @@ inline fail_over(which)
 				dirty[n] = true
 #endif
 			:: else
-			fi;
-			if
-			:: owner[n] == which -> owner[n] = OTHER(which)
-			:: else
 			fi
 		}
 		n = 0
@@ -246,11 +243,7 @@ inline join(which, since)
 	lost[which] = false;
 	failed[which] = false; stop[which] = false; stopped[which] = false; closed[which] = false;
 	sent[which] = since;
-	ended[which] = acked;
-	for (n : 0 .. CHUNKS - 1) {
-		owner[n] = n % CHANNELS
-	}
-	n = 0
+	ended[which] = acked
 }
 
 active proctype source()
@@ -258,10 +251,6 @@ active proctype source()
 	byte n;
 
 	atomic {
-		for (n : 0 .. CHUNKS - 1) {
-			owner[n] = n % CHANNELS
-		}
-		n = 0;
 		run sender(0); run sender(1); run receiver(0); run receiver(1)
 	}
 	do
@@ -272,17 +261,17 @@ active proctype source()
 #else
 		:: acked == round -> break
 #endif
-#ifdef FAILOVER
+#ifndef NO_FAILOVER
 		:: lost[0] && !stop[0] -> fail_over(0)
 		:: lost[1] && !stop[1] -> fail_over(1)
 #else
 		:: lost[0] || lost[1] -> over = true; goto out
 #endif
 #ifdef JOINS_AT_ONCE
-		:: atomic { stopped[0] && owner[0] != 0 && acked != round -> join(0, round - 1) }
+		:: atomic { stopped[0] && acked != round -> join(0, round - 1) }
 #endif
 		od;
-#ifdef FAILOVER
+#ifndef NO_FAILOVER
 		atomic {
 			for (n : 0 .. CHUNKS - 1) {
 				carrier[n] = 0

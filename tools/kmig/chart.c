@@ -13,6 +13,7 @@
 #define RIGHT 12
 #define TOP 40		/* two lines above the picture: the pause; the stages */
 #define BOTTOM 26
+#define CAPS_SHOWN 6	/* in words */
 
 struct chart {
 	FILE *f;
@@ -296,6 +297,57 @@ static bool any_ceiling(const struct timeline *t)
 	return false;
 }
 
+/*
+ * The cap on the bandwidth holds to the end, while the guest is paused, too. Changes that are too
+ * close to be seen are taken together; a cap above the picture is not in it.
+ */
+static void put_caps(const struct chart *c, const struct account *a)
+{
+	bool drawing = false;
+	double from, to;
+	size_t i;
+
+	from = (double)a->caps[0].at_ns;
+	fputs("<path class=\"line cap\" d=\"", c->f);
+	for (i = 0; i < a->cap_count; i++, from = to) {
+		double value = (double)a->caps[i].bytes_per_second;
+
+		to = i + 1 < a->cap_count ? (double)a->caps[i + 1].at_ns : c->end;
+		if (i + 1 < a->cap_count && x_of(c, to) - x_of(c, from) < 0.5) {
+			to = from;
+			continue;
+		}
+		if (value > 0 && value <= c->max)
+			fprintf(c->f, "%c%.1f %.1fH%.1f", drawing ? 'L' : 'M', x_of(c, from), y_of(c, value), x_of(c, to));
+		drawing = value > 0 && value <= c->max;
+	}
+	fputs("\"/>\n", c->f);
+}
+
+/* In words, as one that is far above what was sent is not in the picture. */
+static void put_caps_text(FILE *f, const struct account *a)
+{
+	char text[32];
+	size_t i;
+
+	fputs("<p><small>What might be sent: ", f);
+	for (i = 0; i < a->cap_count && i < CAPS_SHOWN; i++) {
+		const struct cap *cap = &a->caps[i];
+
+		if (i)
+			fputs("; ", f);
+		if (cap->at_ns > a->report.state_ns[KMIG_STATE_FIRST_PASS])
+			fprintf(f, "from %s on ", duration(cap->at_ns, text));
+		if (cap->bytes_per_second)
+			fprintf(f, "no more than %s MB/s", rate((double)cap->bytes_per_second, text));
+		else
+			fputs("what the network takes", f);
+	}
+	if (i < a->cap_count)
+		fprintf(f, "; and %zu changes more", a->cap_count - i);
+	fputs(".</small></p>\n", f);
+}
+
 static void put_key(FILE *f, const char *class, const char *text)
 {
 	fprintf(f, "<span><svg viewBox=\"0 0 22 10\"><path class=\"line %s\" d=\"M0 5H22\"/></svg>%s</span>", class, text);
@@ -304,7 +356,8 @@ static void put_key(FILE *f, const char *class, const char *text)
 void put_rates(FILE *f, const struct story *story)
 {
 	const struct timeline *t = story->timeline;
-	double page = story->account->report.page_size, begin, end, max;
+	const struct account *a = story->account;
+	double page = a->report.page_size, begin, end, max, most;
 	struct chart c = chart(f, story, 210);
 	bool ceiling = any_ceiling(t);
 	size_t i;
@@ -314,6 +367,10 @@ void put_rates(FILE *f, const struct story *story)
 		max = fmax(max, finite_or_0(dirty_rate(story, i, &begin, &end)));
 	for (i = 0; i < t->count; i++)
 		max = fmax(max, finite_or_0(t->sample[i].ceiling * page));
+	/* One far away would make everything else small. */
+	for (i = 0, most = 2 * max; i < a->cap_count; i++)
+		if ((double)a->caps[i].bytes_per_second <= most)
+			max = fmax(max, (double)a->caps[i].bytes_per_second);
 	c.max = edge(max, 1e6);
 
 	fputs("<section><h2>What was sent, what was written</h2>\n<div class=\"key\">", f);
@@ -322,7 +379,11 @@ void put_rates(FILE *f, const struct story *story)
 		put_key(f, "dirty", "dirtied by the guest");
 	if (ceiling)
 		put_key(f, "ceiling", "the most it was let dirty (stun)");
+	if (a->cap_count)
+		put_key(f, "cap", "the most that might be sent (--max-bandwidth)");
 	fputs("</div>\n", f);
+	if (a->cap_count)
+		put_caps_text(f, a);
 	begin_chart(&c, "Rates over time");
 	put_rounds_behind(&c, story);
 	put_value_axis(&c, 1e6, "MB/s");
@@ -335,6 +396,8 @@ void put_rates(FILE *f, const struct story *story)
 		put_dirty_rate(&c, story);
 	if (ceiling)
 		put_ceiling(&c, story);
+	if (a->cap_count)
+		put_caps(&c, a);
 	fputs("</svg></section>\n", f);
 }
 

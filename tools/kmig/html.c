@@ -58,6 +58,7 @@ static const char head[] =
 	".left { stroke: var(--left); fill: var(--left); fill-opacity: .25; }\n"
 	".dirty { stroke: var(--dirty); } .held { stroke: var(--held); }\n"
 	".ceiling { stroke: var(--ink); stroke-dasharray: 5 4; }\n"
+	".cap { stroke: var(--ink); stroke-width: 2.4; stroke-dasharray: 0.1 5; stroke-linecap: round; }\n"
 	".ours { fill: var(--wire); } .vmm { fill: var(--dirty); }\n"
 	".wide { overflow-x: auto; }\n"
 	"table { border-collapse: collapse; font-size: 13.5px; margin-top: 6px; width: 100%; }\n"

@@ -39,6 +39,7 @@ static const struct object objects[] = {
 	{ "region", "memory that can be migrated", region_list, NULL },
 	{ "qemu", "start a QEMU on a region, move its guest away", qemu_list, NULL },
 	{ "receive", "take in a guest from another host", NULL, &receive_verb },
+	{ "limit", "change the bandwidth of a migration while it runs", NULL, &limit_verb },
 	{ "forecast", "what a migration would take, before it is begun", NULL, &forecast_verb },
 	{ "version", "the version of kmig", NULL, &version_verb },
 	{ NULL, NULL, NULL, NULL },

@@ -15,6 +15,7 @@
 
 #include "tool.h"
 
+#define SETTLE_MS 200
 #define CONNECT_TIMEOUT_MS 10000
 #define QUIT_TIMEOUT_MS 10000
 #define PROBE_MS_MIN 10
@@ -22,8 +23,10 @@
 struct migration {
 	struct kmig_source_opts opts;
 	struct endpoint to;
+	struct paths paths;
 	const char *qmp, *secret_path, *report_path, *page_path;
 	char secret[SECRET_MAX];
+	bool channels_given;
 	bool json, verbose;
 
 	struct vmm vmm;
@@ -44,7 +47,7 @@ static int pause_guest(void *data)
 {
 	struct migration *m = data;
 
-	m->footprint->paused = true;
+	footprint_pause(m->footprint);
 	return vmm_pause(&m->vmm);
 }
 
@@ -72,6 +75,13 @@ static void completed(void *data)
 	struct migration *m = data;
 
 	m->footprint->completed = true;
+	/*
+	 * The guest has just begun to run and looks for its pages, maybe on the processors that
+	 * clean up here; the destination, too, does so only when this has returned.
+	 */
+	usleep(SETTLE_MS * 1000);
+	go_last(getpid());
+	go_last(qmp_peer(m->vmm.qmp));
 	qmp_ignore_interrupt(m->vmm.qmp);
 	if (qmp_run(m->vmm.qmp, "quit", NULL))
 		say("QEMU at the source could not be ended; its guest is paused and must stay so: %s", failure());
@@ -119,6 +129,12 @@ static void abort_active(void)
 	kmig_source_abort(active);
 }
 
+static void limit_active(uint64_t bytes_per_second)
+{
+	/* Whoever may signal us can send anything: what is out of range changes nothing. */
+	kmig_source_set_max_bandwidth(active, bytes_per_second);
+}
+
 /* Should we be killed the front sets QEMU back to this; what does not fit, it cannot. */
 static void note_plan(const struct vmm *v, struct footprint *f)
 {
@@ -161,9 +177,11 @@ static int run_engine(struct migration *m)
 		return fail(-ret, "%s", kmig_ctx_error(m->ctx));
 	active = m->source;
 	on_interrupt(abort_active);
+	on_limit(limit_active);
 	if (m->opts.probe_ms)
 		progress_say(&m->progress, "the guest is watched");
 	ret = kmig_source_run(m->source);
+	on_limit(NULL);
 	on_interrupt(NULL);
 	status_line(NULL);
 	kmig_source_report(m->source, &m->account.report);
@@ -318,6 +336,13 @@ static const char *const on_timeout[] = {
 	NULL
 };
 
+static const char *const transports[] = {
+	[KMIG_TRANSPORT_TCP] = "tcp",
+	[KMIG_TRANSPORT_AUTO] = "auto",
+	[KMIG_TRANSPORT_RDMA] = "rdma",
+	NULL
+};
+
 static struct timeline timeline;
 
 static struct migration asked = {
@@ -342,11 +367,39 @@ static int take_report(const struct opt *opt, const char *text)
 	return 0;
 }
 
+static int take_channels(const struct opt *opt, const char *text)
+{
+	struct migration *m = opt->value;
+	uint64_t n;
+
+	m->channels_given = true;
+	m->opts.channels = KMIG_CHANNELS_AUTO;
+	if (!strcmp(text, "auto"))
+		return 0;
+	if (parse_number("--channels", text, 1, 64, &n)) {
+		failure_clear();
+		return fail(EINVAL, "--channels must be auto or a number from 1 to 64, not '%s'", text);
+	}
+	m->opts.channels = (unsigned int)n;
+	return 0;
+}
+
 static const struct opt options[] = {
 	OPT_TEXT("qmp", "PATH", &asked.qmp, "QEMU's QMP socket"),
 	OPT_ENDPOINT("to", "HOST[:PORT]", &asked.to, "where 'kmig receive' listens; IPv6 as [ADDRESS]:PORT"),
+	OPT_PATH("via", "LOCAL=REMOTE", &asked.paths,
+		 "a path for data connections, between these addresses; may be given again"),
 	OPT_SECRET(&asked.secret_path),
-	OPT_U32("channels", "N", &asked.opts.channels, 1, 64, "data connections, 1 to 64 (2)"),
+	{ .name = "channels", .argument = "N", .take = take_channels, .value = &asked,
+	  .help = "data connections, 1 to 64 (2, or one for each path); auto: as many as it takes" },
+	OPT_CHOICE("transport", "KIND", &asked.opts.transport, transports,
+		   "what they go over: tcp, rdma, or auto, which is rdma where it can be had (tcp)"),
+	OPT_U32("channel-wait", "MS", &asked.opts.channel_wait_ms, 0, 3600000,
+		"when all of them are lost, wait so long for one to come back (30000)"),
+	OPT_BANDWIDTH("max-bandwidth", "RATE", &asked.opts.max_bandwidth,
+		      "send no more: 400Mbit/s, 50MB/s, 48MiB/s...; 'kmig limit' changes it (none)"),
+	OPT_INT("dscp", "N", &asked.opts.dscp, 0, 63, "mark packets for routers with this DSCP, 0 to 63 (none)"),
+	OPT_INT("priority", "N", &asked.opts.priority, 0, 6, "and for this host's queues (SO_PRIORITY), 0 to 6 (none)"),
 	OPT_U32("downtime", "MS", &asked.opts.downtime_ms, 1, 60000,
 		"pause the guest once the rest is expected to take no longer (300)"),
 	OPT_SECONDS("max-time", "SECONDS", &asked.opts.max_time_ms, 1, 1000000,
@@ -402,6 +455,16 @@ static int migrate_main(const struct verb *verb, char **operands)
 		return usage_error(verb, "--probe must be 0 or a number from %d to 60000, not '%u'", PROBE_MS_MIN, m->opts.probe_ms);
 	if (read_secret(m->secret_path, m->secret, &m->opts.secret_len))
 		return not_begun(m);
+	if (!m->paths.count)
+		paths_find(&m->paths, m->to.host);
+	for (unsigned int i = 0; i < m->paths.count && m->verbose; i++)
+		say("path %u: from %s%s%s to %s", i, m->paths.path[i].local ? m->paths.path[i].local : "",
+		    m->paths.path[i].device ? "%" : "", m->paths.path[i].device ? m->paths.path[i].device : "",
+		    m->paths.path[i].remote ? m->paths.path[i].remote : m->to.host);
+	if (!m->channels_given && m->opts.channels < m->paths.count)
+		m->opts.channels = m->paths.count;
+	m->opts.paths = m->paths.path;
+	m->opts.path_count = m->paths.count;
 	m->opts.host = m->to.host;
 	m->opts.port = m->to.port;
 	m->opts.secret = m->secret;

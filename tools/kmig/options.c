@@ -88,6 +88,11 @@ int take_rate(const struct opt *opt, const char *text)
 	return parse_rate(dashed(opt), text, opt->value);
 }
 
+int take_bandwidth(const struct opt *opt, const char *text)
+{
+	return parse_bandwidth(dashed(opt), text, opt->value);
+}
+
 int take_choice(const struct opt *opt, const char *text)
 {
 	const char *const *c;

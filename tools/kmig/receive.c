@@ -11,7 +11,6 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -30,7 +29,9 @@ struct traces {
 struct reception {
 	struct kmig_destination_opts opts;
 	struct qemu_start start;
-	struct endpoint listen;
+	struct endpoint listen[KMIG_LISTEN_MAX];
+	unsigned int listens;
+	struct kmig_address more[KMIG_LISTEN_MAX];
 	const char *secret_path, *report_path;
 	char secret[SECRET_MAX];
 	bool json, verbose;
@@ -211,9 +212,8 @@ static void progress(const struct kmig_report *report, void *data)
 {
 	struct reception *r = data;
 
-	/* The guest runs. What is left to do, freeing gigabytes of mappings, must not hold it up. */
 	if (report->state == KMIG_STATE_CLEANUP)
-		setpriority(PRIO_PROCESS, 0, 19);
+		go_last(getpid());
 	progress_update(&r->progress, report);
 }
 
@@ -256,6 +256,8 @@ static int listen_here(struct reception *r)
 		return fail(-ret, "%s", kmig_ctx_error(r->ctx));
 	format_address(&address, text);
 	fprintf(stderr, "listening on %s\n", text);
+	for (unsigned int i = 0; i < r->opts.more_count; i++)
+		fprintf(stderr, "listening on %s, too\n", r->more[i].host);
 	return 0;
 }
 
@@ -399,19 +401,35 @@ static int died(void *data)
 
 static struct reception asked = {
 	.opts = KMIG_DESTINATION_OPTS_INIT,
-	.listen = { .port = KMIG_PORT },
 	.vmm = VMM_INIT,
 	.start = { .node = -1, .incoming = true },
 	.account.report = { .size = sizeof(asked.account.report), .page_size = 4096 },
 };
 
+/* Those that come after the first are on its port unless they say otherwise. */
+static int take_listen(const struct opt *opt, const char *text)
+{
+	struct reception *r = opt->value;
+
+	if (r->listens == KMIG_LISTEN_MAX)
+		return fail(EINVAL, "--listen can be given %d times", KMIG_LISTEN_MAX);
+	r->listen[r->listens].port = r->listens ? 0 : KMIG_PORT;
+	if (parse_address(text, r->listen[r->listens].host, &r->listen[r->listens].port))
+		return -EINVAL;
+	r->listens++;
+	return 0;
+}
+
 static const struct opt options[] = {
-	OPT_ENDPOINT("listen", "ADDR[:PORT]", &asked.listen,
-		     "where to listen (127.0.0.1:4760); IPv6 as [ADDRESS]:PORT; port 0: any"),
+	{ .name = "listen", .argument = "ADDR[:PORT]", .take = take_listen, .value = &asked,
+	  .help = "where to listen (127.0.0.1:4760); IPv6 as [ADDRESS]:PORT; port 0: any; may be given again" },
 	OPT_SECRET(&asked.secret_path),
 	OPT_SIZE("memory", "SIZE", &asked.start.bytes, "the guest's memory, as at the source"),
 	OPT_TEXT("qmp", "PATH", &asked.start.qmp, "where QEMU is to make its QMP socket"),
 	OPT_TEXT("name", "NAME", &asked.start.name, "the region's name, for 'kmig region list'"),
+	OPT_SIZE("rdma-window", "SIZE", &asked.opts.rdma_window_bytes,
+		 "register memory for RDMA in pieces of SIZE (16M, or as the device needs it)"),
+	OPT_FLAG(0, "no-rdma", &asked.opts.no_rdma, "take data connections over TCP only"),
 	OPT_TEXT("report", "FILE", &asked.report_path, "write the report to FILE as JSON"),
 	OPT_JSON(&asked.json),
 	OPT_FLAG('v', "verbose", &asked.verbose, "tell of each state"),
@@ -437,8 +455,14 @@ static int receive_main(const struct verb *verb, char **operands)
 		return usage_error(verb, "QEMU's command is missing: write it behind '--'");
 	if (qemu_check_start(&r->start) || read_secret(r->secret_path, r->secret, &r->opts.secret_len))
 		return tell_end(r, EXIT_FAILED, KMIG_FAILED);
-	r->opts.host = r->listen.host[0] ? r->listen.host : NULL;
-	r->opts.port = r->listen.port;
+	if (r->listens) {
+		r->opts.host = r->listen[0].host;
+		r->opts.port = r->listen[0].port;
+		r->opts.more_count = r->listens - 1;
+	}
+	for (unsigned int i = 0; i < r->opts.more_count; i++)
+		r->more[i] = (struct kmig_address){ .host = r->listen[i + 1].host, .port = r->listen[i + 1].port };
+	r->opts.more = r->more;
 	r->opts.secret = r->secret;
 	code = supervise(&job);
 	return code < 0 ? tell_end(r, EXIT_FAILED, KMIG_FAILED) : code;

@@ -7,7 +7,9 @@
 
 #include "tool.h"
 
-#define THREADS_TOLD 3	/* in the text; the JSON has all that are known */
+/* In the text; the JSON has all that are known. */
+#define THREADS_TOLD 3
+#define CAPS_TOLD 4
 #define SCAN_SEEN_NS 5000000	/* with two decimals of a second it is more than nothing */
 
 static double ms(uint64_t ns)
@@ -15,8 +17,24 @@ static double ms(uint64_t ns)
 	return (double)ns / 1e6;
 }
 
+static void note_cap(struct account *a, const struct kmig_report *now)
+{
+	uint64_t last = a->cap_count ? a->caps[a->cap_count - 1].bytes_per_second : 0;
+	struct cap *caps;
+
+	if (now->max_bandwidth == last)
+		return;
+	caps = realloc(a->caps, (a->cap_count + 1) * sizeof(*caps));
+	/* As with rounds. */
+	if (!caps)
+		return;
+	a->caps = caps;
+	a->caps[a->cap_count++] = (struct cap){ now->total_ns, now->max_bandwidth };
+}
+
 void account_progress(struct account *a, const struct kmig_report *now)
 {
+	note_cap(a, now);
 	if (a->forecast.rounds || !a->count || !now->forecast.total_ns)
 		return;
 	a->forecast.expected = now->forecast;
@@ -56,6 +74,9 @@ void account_free(struct account *a)
 	free(a->rounds);
 	a->rounds = NULL;
 	a->count = 0;
+	free(a->caps);
+	a->caps = NULL;
+	a->cap_count = 0;
 }
 
 static const char *status_name(enum kmig_verdict verdict)
@@ -175,6 +196,38 @@ static void put_rounds(struct out *o, const struct account *a)
 	out_end(o);
 }
 
+/* What was let pass, and from when on: each change. */
+static void put_caps(struct out *o, const struct account *a)
+{
+	size_t i;
+
+	if (!a->cap_count)
+		return;
+	out_text(o, "bandwidth limited ");
+	out_array(o, "max-bandwidth");
+	for (i = 0; i < a->cap_count; i++) {
+		const struct cap *cap = &a->caps[i];
+		bool told = i < CAPS_TOLD;
+
+		if (told && i)
+			out_text(o, ", ");
+		if (told && cap->bytes_per_second)
+			out_text(o, "to %.3f MB/s", (double)cap->bytes_per_second / 1e6);
+		else if (told)
+			out_text(o, "no more");
+		if (told && cap->at_ns > a->report.state_ns[KMIG_STATE_FIRST_PASS])
+			out_text(o, " from %.1f s on", (double)cap->at_ns / 1e9);
+		out_object(o, NULL);
+		out_float(o, "ms", NULL, ms(cap->at_ns));
+		out_uint(o, "bytes-per-second", NULL, cap->bytes_per_second);
+		out_end(o);
+	}
+	out_end(o);
+	if (i > CAPS_TOLD)
+		out_text(o, ", and %zu changes more", i - CAPS_TOLD);
+	out_text(o, "\n");
+}
+
 /* What the downtime was made of, one after the other; together they are the downtime. */
 static void put_downtime(struct out *o, const struct kmig_report *r)
 {
@@ -287,6 +340,16 @@ void report_put(struct out *o, const struct account *a, const char *error)
 		put_downtime(o, r);
 	if (r->decision)
 		out_string(o, "precopy-ended", "pre-copy ended: %s\n", r->decision);
+	if (r->channels)
+		out_uint(o, "channels", r->channels_why ? "%" PRIu64 " data channels carried: " : NULL, r->channels);
+	if (r->channels_why)
+		out_string(o, "channels-why", "%s\n", r->channels_why);
+	put_caps(o, a);
+	out_uint(o, "rdma-channels", r->rdma_channels ? "%" PRIu64 " data channels over RDMA\n" : NULL, r->rdma_channels);
+	out_uint(o, "channels-lost", r->channels_lost ? "%" PRIu64 " times a data channel was lost, " : NULL,
+		 r->channels_lost);
+	out_uint(o, "channels-rejoined", r->channels_lost ? "%" PRIu64 " times one came back\n" : NULL,
+		 r->channels_rejoined);
 	put_forecast(o, a);
 	put_guest(o, r);
 	put_ram(o, a);

@@ -7,6 +7,8 @@
  * in good order; when the worker is killed, the front sets right what can be set right. The
  * worker has a process group of its own, so that no signal meant for a group, as of
  * timeout -k, kills both.
+ *
+ * LIMIT_SIGNAL, from kmig limit, has a rate as its value; the front hands it on to the worker.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -40,6 +42,39 @@ void on_interrupt(void (*fn)(void))
 		fn();
 }
 
+static void (*volatile limit_fn)(uint64_t bytes_per_second);
+static volatile uint64_t limit;
+static volatile sig_atomic_t limited;
+
+static void handle_limit(int sig, siginfo_t *info, void *context)
+{
+	void (*fn)(uint64_t) = limit_fn;
+
+	(void)sig;
+	(void)context;
+	/* Of others the value is anything. */
+	if (info->si_code != SI_QUEUE)
+		return;
+	limit = (uintptr_t)info->si_value.sival_ptr;
+	limited = 1;
+	if (fn)
+		fn(limit);
+}
+
+void on_limit(void (*fn)(uint64_t bytes_per_second))
+{
+	uint64_t seen;
+
+	limit_fn = fn;
+	if (!fn || !limited)
+		return;
+	/* Another may come between the look and the call: the last one counts. */
+	do {
+		seen = limit;
+		fn(seen);
+	} while (seen != limit);
+}
+
 static int share(const struct supervised *job)
 {
 	void *p = mmap(NULL, job->shared_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -68,13 +103,16 @@ static void worker(const struct supervised *job, pid_t front, const sigset_t *ma
 
 static int wait_for(pid_t pid, const sigset_t *signals, int *status)
 {
+	siginfo_t info;
 	pid_t got;
 	int sig;
 
 	for (;;) {
-		sig = sigwaitinfo(signals, NULL);
+		sig = sigwaitinfo(signals, &info);
 		if (sig == SIGINT || sig == SIGTERM || sig == SIGHUP)
 			kill(pid, SIGTERM);
+		if (sig == LIMIT_SIGNAL && info.si_code == SI_QUEUE)
+			sigqueue(pid, sig, info.si_value);
 		if (sig != SIGCHLD)
 			continue;
 		/* Only the worker: what it leaves behind is reaped by init when we end. */
@@ -88,6 +126,8 @@ static int wait_for(pid_t pid, const sigset_t *signals, int *status)
 
 int supervise(const struct supervised *job)
 {
+	/* The worker's; the front has it as well, as a sign of what it can, see limit.c. */
+	struct sigaction sa = { .sa_sigaction = handle_limit, .sa_flags = SA_SIGINFO | SA_RESTART };
 	sigset_t signals, old;
 	pid_t front = getpid(), pid;
 	int status, ret = share(job);
@@ -99,7 +139,9 @@ int supervise(const struct supervised *job)
 	sigaddset(&signals, SIGTERM);
 	sigaddset(&signals, SIGHUP);
 	sigaddset(&signals, SIGCHLD);
+	sigaddset(&signals, LIMIT_SIGNAL);
 	sigprocmask(SIG_BLOCK, &signals, &old);
+	sigaction(LIMIT_SIGNAL, &sa, NULL);
 	/* A QEMU whose worker was killed becomes our child, so that its pid stays its own. */
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	fflush(NULL);

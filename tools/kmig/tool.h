@@ -8,6 +8,7 @@
 #ifndef KMIG_TOOL_H
 #define KMIG_TOOL_H
 
+#include <net/if.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -36,11 +37,17 @@ void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...);	/* a line 
 int print_failure(int code);	/* says it and returns @code */
 
 int64_t now_ms(void);
+/*
+ * A process whose guest has moved has little left to do, but gigabytes of mappings to free: other
+ * guests, and the one that moved, must not wait for that.
+ */
+void go_last(pid_t pid);
 
 int parse_size(const char *text, uint64_t *bytes);
 int parse_number(const char *what, const char *text, uint64_t min, uint64_t max, uint64_t *value);
 int parse_decimal(const char *what, const char *text, double min, double max, double *value);
 int parse_rate(const char *what, const char *text, double *bytes_per_second);
+int parse_bandwidth(const char *what, const char *text, uint64_t *bytes_per_second);	/* 0: none */
 #define HOST_MAX 256
 int parse_address(const char *text, char host[HOST_MAX], uint16_t *port);	/* *port is the default */
 void format_address(const struct sockaddr_storage *address, char text[HOST_MAX]);
@@ -85,6 +92,7 @@ int take_percent(const struct opt *opt, const char *text);
 int take_seconds(const struct opt *opt, const char *text);
 int take_size(const struct opt *opt, const char *text);
 int take_rate(const struct opt *opt, const char *text);
+int take_bandwidth(const struct opt *opt, const char *text);
 int take_choice(const struct opt *opt, const char *text);
 int take_endpoint(const struct opt *opt, const char *text);
 
@@ -107,6 +115,8 @@ int take_endpoint(const struct opt *opt, const char *text);
 	{ .name = (n), .argument = (a), .take = take_size, .value = OPT_TO(uint64_t, p), .help = (h) }
 #define OPT_RATE(n, a, p, h) /* kept in bytes a second */ \
 	{ .name = (n), .argument = (a), .take = take_rate, .value = OPT_TO(double, p), .help = (h) }
+#define OPT_BANDWIDTH(n, a, p, h) /* kept in bytes a second, 0: none */ \
+	{ .name = (n), .argument = (a), .take = take_bandwidth, .value = OPT_TO(uint64_t, p), .help = (h) }
 #define OPT_CHOICE(n, a, p, list, h) /* kept as its place in the list */ \
 	{ .name = (n), .argument = (a), .take = take_choice, .value = OPT_TO(unsigned int, p), .choices = (list), .help = (h) }
 #define OPT_ENDPOINT(n, a, p, h) \
@@ -120,6 +130,27 @@ int take_endpoint(const struct opt *opt, const char *text);
 enum { OPTIONS_HELP = 1, OPTIONS_BAD /* and has been told so */ };
 int options_parse(const struct opt *table, int argc, char **argv);
 void options_help(const struct opt *table, FILE *file);
+
+/* ---- paths.c: ways for the data channels ---------------------------------------------- */
+
+struct path_text {
+	char local[HOST_MAX], device[IF_NAMESIZE], remote[HOST_MAX];
+};
+
+/* @path points into @text: it must not be moved. */
+struct paths {
+	unsigned int count;
+	struct kmig_path path[KMIG_PATHS_MAX];
+	struct path_text text[KMIG_PATHS_MAX];
+};
+
+/* LOCAL[%DEVICE]=REMOTE[:PORT] */
+int paths_add(struct paths *paths, const char *text);
+int take_path(const struct opt *opt, const char *text);
+#define OPT_PATH(n, a, p, h) \
+	{ .name = (n), .argument = (a), .take = take_path, .value = OPT_TO(struct paths, p), .help = (h) }
+/* Two at least, or none. */
+void paths_find(struct paths *paths, const char *host);
 
 /* ---- output.c: text and JSON from one call ------------------------------------------ */
 
@@ -160,6 +191,9 @@ struct supervised {
 };
 int supervise(const struct supervised *job);	/* the exit code, or a negative errno: no worker was started */
 void on_interrupt(void (*fn)(void));	/* called in the signal handler; NULL: nothing */
+/* Likewise, with the value of each LIMIT_SIGNAL; those that came before are not lost, the last one counts. */
+void on_limit(void (*fn)(uint64_t bytes_per_second));
+#define LIMIT_SIGNAL SIGRTMIN	/* one that queues: the last of several is not lost */
 
 /* ---- qmp.c ---------------------------------------------------------------------------- */
 
@@ -226,6 +260,7 @@ struct footprint {
 	char capabilities[4096], parameters[256];	/* of QEMU, to be set back; JSON, or "" */
 	struct kmig_report report;	/* the last one; may be torn */
 };
+void footprint_pause(struct footprint *f);
 /** rescue() - set right what can be; returns the exit code and leaves in failure() what is so */
 int rescue(const struct footprint *f, const char *qmp);
 
@@ -266,10 +301,15 @@ struct account {
 		size_t rounds;		/* that were sent when it was made; 0: none was made */
 		uint64_t at_ns;
 	} forecast;
+	struct cap {
+		uint64_t at_ns;			/* since the start */
+		uint64_t bytes_per_second;	/* from then on; 0: as many as the network takes */
+	} *caps;			/* each change of the cap on the bandwidth */
+	size_t cap_count;
 };
 /** account_came() - what came of the first forecast, from then to the end; of one that has completed */
 struct kmig_forecast account_came(const struct account *a);
-/** account_progress() - take note of the first forecast; before account_round() for its round */
+/** account_progress() - take note of caps and the first forecast; before account_round() for its round */
 void account_progress(struct account *a, const struct kmig_report *now);
 void account_round(struct account *a, const struct kmig_round_report *round);
 void account_free(struct account *a);
@@ -345,6 +385,6 @@ int usage_error(const struct verb *verb, const char *fmt, ...) __attribute__((fo
 int open_context(struct kmig_ctx **ctx, bool verbose);
 
 extern const struct verb region_list_verb, region_show_verb;
-extern const struct verb run_verb, migrate_verb, receive_verb, forecast_verb, version_verb;
+extern const struct verb run_verb, migrate_verb, receive_verb, limit_verb, forecast_verb, version_verb;
 
 #endif /* KMIG_TOOL_H */

@@ -2,6 +2,7 @@
 /* Messages, clocks, and the parsing of what a user types. */
 #include <arpa/inet.h>
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -10,6 +11,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -76,6 +78,23 @@ int64_t now_ms(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* A nice value is a thread's, and a process's memory is freed by whichever thread is its last. */
+void go_last(pid_t pid)
+{
+	char path[32];
+	struct dirent *entry;
+	DIR *tasks;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	tasks = opendir(path);
+	if (!tasks)
+		return;
+	while ((entry = readdir(tasks)))
+		if (entry->d_name[0] != '.')
+			setpriority(PRIO_PROCESS, atoi(entry->d_name), 19);
+	closedir(tasks);
 }
 
 static bool all_digits(const char *text)
@@ -203,6 +222,18 @@ int parse_rate(const char *what, const char *text, double *bytes_per_second)
 	}
 bad:
 	return fail(EINVAL, "%s: '%s' is not a rate: write 10Gbit/s, 400Mbit, 50MB/s or 48MiB/s", what, text);
+}
+
+int parse_bandwidth(const char *what, const char *text, uint64_t *bytes_per_second)
+{
+	double rate = 0;
+
+	if (strcmp(text, "none") && parse_rate(what, text, &rate))
+		return -EINVAL;
+	if (strcmp(text, "none") && (rate < KMIG_BANDWIDTH_MIN || rate > KMIG_BANDWIDTH_MAX))
+		return fail(EINVAL, "%s must be from 64KiB/s to 1000GB/s, or none, not '%s'", what, text);
+	*bytes_per_second = (uint64_t)rate;
+	return 0;
 }
 
 /*

@@ -495,10 +495,14 @@ static int collect(struct vmm *v, struct buffer *b)
 int vmm_save(struct vmm *v, void **state, size_t *length)
 {
 	struct buffer b = { 0 };
-	int err;
+	int err = 0;
 
 	qmp_forget_events(v->qmp);
-	err = stream_command(v, "migrate");
+	/* The guest was resumed since: it took the first one with it. */
+	if (v->stream < 0)
+		err = open_stream(v);
+	if (!err)
+		err = stream_command(v, "migrate");
 	if (!err)
 		err = collect(v, &b);
 	close_stream(v);
