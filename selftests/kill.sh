@@ -19,7 +19,6 @@ sides=0
 
 # Orphans become zombies where the VM's init does not care.
 gone() { [ ! -e "/proc/$1" ] || grep -q '^State:.*Z' "/proc/$1/status" 2>/dev/null; }
-beats_beyond() { [ "$(last_beat "$1" n)" -gt "$2" ] 2>/dev/null; }
 is_running() { "$here/qmp.py" "$1" query-status 2>/dev/null | grep -q '"running": true'; }
 child_of() { pgrep -P "$1" | head -n 1; }
 listens() { [ -n "$(ss -N dst -Hltn 'sport = :4760')" ]; }
