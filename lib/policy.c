@@ -202,7 +202,8 @@ enum kmig_decision kmig_policy_look(struct kmig_policy *policy, const struct kmi
 		policy->best = look->dirty;
 		policy->stalled = 0;
 	} else if (!look->lost && ++policy->stalled >= STALLED_ROUNDS && at_floor) {
-		return give_up(policy, "what is dirty has stopped shrinking, though the guest is slowed down as far as is allowed");
+		policy->why = "what is dirty has stopped shrinking, though the guest is slowed down as far as is allowed";
+		return opts->on_timeout == KMIG_TIMEOUT_SWITCHOVER ? KMIG_PAUSE : KMIG_GIVE_UP;
 	}
 	if (!policy->timed_out && (policy->rounds >= opts->max_rounds ||
 				   (opts->max_time_ms && look->elapsed_ns >= kmig_ms(opts->max_time_ms))))

@@ -598,6 +598,13 @@ TEST(the_floor_holds)
 	EXPECT_EQ(256, world.ceiling);
 	EXPECT_NE(NULL, strstr(world.policy.why, "stopped shrinking"));
 	EXPECT_LT(world.policy.rounds, 20);
+
+	/* Who would rather have a longer downtime need not wait for a limit. */
+	world = (struct world){ .wire = 100 * 1024, .trip = 0.01, .pages = 2621, .writes = 10000, .set = 2621 };
+	opts.on_timeout = KMIG_TIMEOUT_SWITCHOVER;
+	EXPECT_EQ(KMIG_PAUSE, run(&world, &opts, NULL));
+	EXPECT_NE(NULL, strstr(world.policy.why, "stopped shrinking"));
+	EXPECT_LT(world.policy.rounds, 20);
 }
 
 TEST(limits_without_stun)

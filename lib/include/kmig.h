@@ -524,7 +524,11 @@ struct kmig_source_opts {
 	 * tracker can.
 	 */
 	uint64_t max_time_ms;			/* until the blackout; 0: no limit */
-	enum kmig_timeout_action on_timeout;	/* when that or max_rounds is reached, as seen when a round ends; ABORT sees the time at once */
+	/*
+	 * When that or max_rounds is reached, as seen when a round ends; ABORT sees the time at once.
+	 * SWITCHOVER also when rounds do not shrink at the floor, which fails otherwise
+	 */
+	enum kmig_timeout_action on_timeout;
 	double convergence;			/* under stun a round leaves at most this part, 0 to 1 */
 	double stun_floor;			/* pages a second that the guest may dirty in any case, >= 1 */
 	bool no_stun;
