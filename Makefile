@@ -59,19 +59,19 @@ module-%:
 	+@$(call kmake,$*) M=$(O)/kmod-$* W=1 modules
 
 lib:
-	@$(SUB) -C lib all
+	+@$(SUB) -C lib all
 
 tools: lib
-	@$(SUB) -C tools/kmig all
+	+@$(SUB) -C tools/kmig all
 
 selftests: lib tools
-	@$(SUB) -C selftests all
+	+@$(SUB) -C selftests all
 
 fuzzers:
-	@$(SUB) -C selftests/fuzz all
+	+@$(SUB) -C selftests/fuzz all
 
 guest:
-	@$(SUB) -C selftests/guest all
+	+@$(SUB) -C selftests/guest all
 
 # What is tested on which kernels is only known once they are installed.
 check:
@@ -113,8 +113,8 @@ lint-checkpatch:
 	@echo "lint: checkpatch --strict clean"
 
 install: modules lib tools
-	@$(SUB) -C lib install
-	@$(SUB) -C tools/kmig install
+	+@$(SUB) -C lib install
+	+@$(SUB) -C tools/kmig install
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/include/linux uapi/linux/*.h
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d tools/setup/60-lmtrack.rules
 	@for k in $(KERNELS); do \

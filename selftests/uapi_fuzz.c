@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
+// LDFLAGS: -lrdmacm -libverbs
 /*
  * All that can be asked of regions and streams, in any order, right and wrong, by several threads
  * at once over descriptors that they share and close under each other's calls, while mappings come,
- * go and move, processes fork, holes are punched and connections end.
+ * go and move, processes fork, holes are punched and connections end. Where there is soft-RoCE,
+ * channels over RDMA are among them, to a peer that lies.
  *
  * Sequences of calls are made up from random numbers, or from one that reached new code before,
  * where the kernel says what was reached (KCOV). A crash shows in the kernel's log, where
@@ -24,6 +26,7 @@
 #include <sys/uio.h>
 
 #include "kselftest_harness.h"
+#include "rdma_hostile.h"
 #include "uapi_common.h"
 #include "uapi_sink.h"
 
@@ -58,6 +61,7 @@ static _Atomic uint64_t slots[SLOTS];
 static char *arena;			/* PLACES * PLACE_BYTES; never a hole in it */
 static int checked = -1;		/* the open file that tracks the region looked after */
 static _Atomic uint32_t rounds = 1;
+static struct hostile *peer;		/* the far end of channels over RDMA; NULL: there is none */
 static _Atomic unsigned long requests_made[64], requests_done[64];
 
 static struct sequence corpus[CORPUS];
@@ -234,6 +238,7 @@ static void fill_add_channel(struct fuzzer *f, void *arg, const uint64_t *w)
 	struct lmtrack_stream_add_channel *a = arg;
 
 	a->fd = fd_of(SOCKET, w[0]);
+	a->channel = w[0] >> 32 & 3 ? w[0] >> 34 & 1 : number(w[0] >> 34);
 	if (w[1] % 2)
 		return;
 	a->cpumask = address(f, w[2]);
@@ -278,6 +283,50 @@ static void fill_width(struct fuzzer *f, void *arg, const uint64_t *w)
 	((struct lmtrack_stream_width *)arg)->channels = w[0] % 4 ? w[0] % 5 : number(w[0] >> 2);
 }
 
+static void fill_drop_channel(struct fuzzer *f, void *arg, const uint64_t *w)
+{
+	(void)f;
+	((struct lmtrack_stream_drop_channel *)arg)->channel = w[0] % 4 ? w[0] % 3 : number(w[0] >> 2);
+}
+
+/* One that lasts for longer would be taken for one that hangs. */
+static void fill_add_rdma(struct fuzzer *f, void *arg, const uint64_t *w)
+{
+	struct lmtrack_stream_add_rdma *a = arg;
+	unsigned int i;
+
+	(void)f;
+	if (w[0] % 16 == 0)
+		a->remote[w[0] / 16 % 32] = w[0] >> 16;
+	if (w[1] % 16 == 0)
+		for (i = 0; i < sizeof(a->local); i++)
+			a->local[i] = w[1] >> i;
+	a->token_bytes = w[2] % 8 ? w[2] % LMTRACK_RDMA_TOKEN_MAX : number(w[2] >> 3);
+	a->timeout_ms = w[3] % 8 ? 1 + w[3] % 500 : number(w[3] >> 3);
+	if (a->timeout_ms > 2000 && a->timeout_ms <= LMTRACK_RDMA_TIMEOUT_MAX_MS)
+		a->timeout_ms = 2000;
+	a->window_pages = w[4] % 8 ? (1 + w[4] % 4) * LMTRACK_CHUNK_PAGES : number(w[4] >> 3);
+	a->channel = w[4] >> 32 & 7 ? 0 : number(w[4] >> 35);
+}
+
+static void fill_rdma_window(struct fuzzer *f, void *arg, const uint64_t *w)
+{
+	struct lmtrack_stream_rdma_window *a = arg;
+
+	(void)f;
+	a->channel = w[0] % 8 ? w[0] % 3 : number(w[0] >> 3);
+	a->region = w[1] % 8 ? 0 : number(w[1] >> 3);
+	a->first = w[2] % 8 ? w[2] % (PAGES / LMTRACK_CHUNK_PAGES) * LMTRACK_CHUNK_PAGES : number(w[2] >> 3);
+	a->address = peer && w[3] % 8 ? (uintptr_t)peer->memory + a->first * PAGE : number(w[3] >> 3);
+	a->rkey = peer && w[4] % 8 ? peer->rkey : w[4];
+}
+
+static void fill_rdma_wanted(struct fuzzer *f, void *arg, const uint64_t *w)
+{
+	(void)f;
+	((struct lmtrack_stream_rdma_wanted *)arg)->channel = w[0] % 4 ? w[0] % 3 : number(w[0] >> 2);
+}
+
 static const struct request {
 	const char *name;
 	unsigned int cmd;
@@ -299,7 +348,11 @@ static const struct request {
 	REQUEST(STUN_SET, REGION, stun_set, 0, stun_set),
 	REQUEST(STUN_STATS, REGION, stun_stats, 0, stun_stats),
 	REQUEST(STREAM_ADD_REGION, STREAM, stream_add_region, 0, add_region),
-	REQUEST(STREAM_ADD_CHANNEL, STREAM, stream_add_channel, 0, add_channel),
+	REQUEST(STREAM_ADD_CHANNEL, STREAM, stream_add_channel, LMTRACK_CHANNEL_REPLACE, add_channel),
+	REQUEST(STREAM_DROP_CHANNEL, STREAM, stream_drop_channel, 0, drop_channel),
+	REQUEST(STREAM_ADD_RDMA, STREAM, stream_add_rdma, LMTRACK_CHANNEL_REPLACE, add_rdma),
+	REQUEST(STREAM_RDMA_WINDOW, STREAM, stream_rdma_window, 0, rdma_window),
+	REQUEST(STREAM_RDMA_WANTED, STREAM, stream_rdma_wanted, 0, rdma_wanted),
 	REQUEST(STREAM_SEND, STREAM, stream_send, LMTRACK_SEND_HELD, send),
 	REQUEST(STREAM_WAIT, STREAM, stream_wait, 0, wait),
 	REQUEST(STREAM_CANCEL, STREAM, stream_cancel, 0, nothing),
@@ -410,6 +463,9 @@ static void op_stream(struct fuzzer *f, const uint64_t *w)
 	struct lmtrack_stream_create create = { .size = sizeof(create), .stream_id = w[0] };
 	struct lmtrack_stream_add_channel channel = { .size = sizeof(channel) };
 	struct lmtrack_stream_add_region region = { .size = sizeof(region) };
+	struct lmtrack_stream_add_rdma over_rdma = {
+		.size = sizeof(over_rdma), .timeout_ms = 2000, .window_pages = LMTRACK_CHUNK_PAGES,
+	};
 	int dev = device_open(), fd = lmt_region(BYTES), stream, pair[2];
 	unsigned int i;
 
@@ -418,7 +474,13 @@ static void op_stream(struct fuzzer *f, const uint64_t *w)
 	lmt_start(fd, 0, NULL);
 	region.fd = fd;
 	ioctl(stream, LMTRACK_STREAM_ADD_REGION, &region);
+	if (peer)
+		memcpy(over_rdma.remote, &peer->address, sizeof(peer->address));
 	for (i = 0; i <= w[1] % 3; i++) {
+		if (peer && w[1] >> (8 + i) & 1) {
+			ioctl(stream, LMTRACK_STREAM_ADD_RDMA, &over_rdma);
+			continue;
+		}
 		if (tcp_pair(pair)) {
 			close(pair[0]);
 			break;
@@ -433,6 +495,32 @@ static void op_stream(struct fuzzer *f, const uint64_t *w)
 	slot_put(w[5] % SLOTS, REGION, fd);
 	slot_put(w[6] % SLOTS, STREAM, stream);
 	slot_put(0, DEVICE, dev);
+}
+
+/* The windows that a stream's channels wait for, as a source sets them. */
+static void op_windows(struct fuzzer *f, const uint64_t *w)
+{
+	int stream = fd_of(STREAM, w[0]);
+	unsigned int i;
+
+	(void)f;
+	for (i = 0; peer && i < 16; i++) {
+		struct lmtrack_stream_rdma_wanted wanted = {
+			.size = sizeof(wanted), .channel = (w[1] + i) % 3,
+		};
+		struct lmtrack_stream_rdma_window window = {
+			.size = sizeof(window), .channel = wanted.channel, .rkey = peer->rkey,
+		};
+
+		if (ioctl(stream, LMTRACK_STREAM_RDMA_WANTED, &wanted)) {
+			pause_ms(w[2] % 4);
+			continue;
+		}
+		window.region = wanted.region;
+		window.first = wanted.first;
+		window.address = (uintptr_t)peer->memory + wanted.first * PAGE;
+		ioctl(stream, LMTRACK_STREAM_RDMA_WINDOW, &window);
+	}
 }
 
 static void op_socket(struct fuzzer *f, const uint64_t *w)
@@ -492,8 +580,12 @@ static void op_map(struct fuzzer *f, const uint64_t *w)
 		mprotect(at, bytes, w[2] % 4);
 		break;
 	case 2:
-		mremap(place, PLACE_BYTES, PLACE_BYTES, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
-		       arena + w[2] % PLACES * PLACE_BYTES);
+		at = arena + w[2] % PLACES * PLACE_BYTES;
+		/* Which may fail when it has made a hole already. */
+		if (mremap(place, PLACE_BYTES, PLACE_BYTES, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+			   at) == MAP_FAILED && at != place)
+			mmap(at, PLACE_BYTES, PROT_NONE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 		break;
 	default:
 		mmap(place, PLACE_BYTES, w[2] % 8 ? PROT_READ | PROT_WRITE : w[3] % 8,
@@ -618,6 +710,7 @@ static const struct op {
 	{ "close", 4, op_close },
 	{ "open", 8, op_open },
 	{ "stream", 3, op_stream },
+	{ "windows", 4, op_windows },
 	{ "socket", 6, op_socket },
 	{ "map", 10, op_map },
 	{ "advise", 5, op_advise },
@@ -861,7 +954,7 @@ TEST_F_TIMEOUT(fuzz, anything, 100000)
 	unsigned long calls = 0, sequences = 0, lost = 0, harvested = 0, page;
 	struct sigaction action = { .sa_handler = nothing };
 	struct rlimit no_cores = { };
-	long long users = module_users();
+	long long users;
 	struct fuzzer *fuzzers;
 	char *memory, *shadow;
 	double begin, end;
@@ -873,6 +966,8 @@ TEST_F_TIMEOUT(fuzz, anything, 100000)
 	setrlimit(RLIMIT_CORE, &no_cores);
 	signal(SIGPIPE, SIG_IGN);
 	sigaction(SIGUSR1, &action, NULL);
+	peer = hostile_start(BYTES, seed);
+	users = module_users();
 	arena = mmap(NULL, PLACES * PLACE_BYTES, PROT_NONE,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	ASSERT_NE(MAP_FAILED, arena);
@@ -927,6 +1022,8 @@ TEST_F_TIMEOUT(fuzz, anything, 100000)
 	}
 	for (i = 0; i < SLOTS; i++)
 		slot_put(i, NOTHING, -1);
+	if (peer)
+		hostile_end(peer);
 	close(checked);
 	munmap(memory, BYTES);
 	munmap(arena, PLACES * PLACE_BYTES);
@@ -938,6 +1035,8 @@ TEST_F_TIMEOUT(fuzz, anything, 100000)
 	       calls, sequences, lmt_seconds() - begin, harvested, comparisons, lost);
 	if (fuzzers[0].kcov)
 		printf("# %u places of the module reached, by %u sequences\n", pc_count, corpus_count);
+	if (peer)
+		printf("# %lu connections over RDMA, %lu ended by the peer\n", peer->accepted, peer->ended);
 	for (i = 0; i < REQUESTS; i++)
 		printf("# %-20s %8lu, of them %lu well\n", requests[i].name, requests_made[i],
 		       requests_done[i]);
