@@ -23,7 +23,7 @@
 #define PAGE_BYTES 4096u
 #define MIB (1u << 20)
 #define SECRET "a secret of sixteen bytes and more"
-#define TIMEOUT_MS 2000
+#define TIMEOUT_MS (2000 * lmt_slower())
 
 /* ---- A guest: two writers, threads or processes, that write to a region while it runs ---- */
 
