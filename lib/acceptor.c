@@ -108,8 +108,8 @@ static int read_some(struct kmig_guest *guest, size_t want)
 
 static bool send_now(struct kmig_guest *guest, const void *data, size_t length)
 {
-	/* These few bytes fit into any fresh socket's buffer. */
-	return send(guest->fd, data, length, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)length;
+	/* These few bytes fit into any fresh socket's buffer: there is no wait, whatever the peer does. */
+	return !kmig_net_send(guest->fd, data, length, kmig_now_ns() + kmig_ms(100), -1);
 }
 
 /* Our version is no secret, and tells the other what to do about it. */

@@ -63,8 +63,8 @@ static int introduce(struct kmig_channels *channels, uint32_t number)
 	kmig_net_queue_at_most(channel->fd, channels->queue_bytes);
 	kmig_frame_encode(&frame, NULL, &wire.frame);
 	err = kmig_auth_channel(channels->session, channels->stream, number, channel->attempt, &wire.channel);
-	if (!err && send(channel->fd, &wire, sizeof(wire), MSG_NOSIGNAL | MSG_DONTWAIT) != sizeof(wire))
-		err = -ECONNRESET;
+	if (!err)
+		err = kmig_net_send(channel->fd, &wire, sizeof(wire), kmig_now_ns() + kmig_ms(channels->timeout_ms), -1);
 	/* From now on its only writer is the tracker, which may wait for room. */
 	return err ? err : kmig_net_set_blocking(channel->fd, true);
 }

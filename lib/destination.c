@@ -441,6 +441,8 @@ static int channels(struct kmig_destination *destination)
 			continue;
 		}
 		err = kmig_net_set_blocking(sockets[i], true);
+		if (err)
+			kmig_fail(destination->ctx, err, "data channel %u: %s", i, strerror(-err));
 		/* The source has given up on RDMA for this one: nobody else has its token. */
 		if (destination->rdma)
 			kmig_rdma_disconnect(destination->rdma, i);

@@ -246,6 +246,8 @@ static inline int on_save(void **state, size_t *length, void *data)
 	struct side *side = data;
 	uint8_t *bytes = malloc(side->state_length);
 
+	if (!bytes)
+		return -ENOMEM;
 	act(side, AT_SAVE);
 	if (side->save_early) {
 		side->guest->ram[side->guest->bytes * 3 / 4] = 1;
@@ -368,9 +370,11 @@ static inline void *destination_main(void *data)
 	err = kmig_destination_new(side->ctx, &opts, &destination_ops, side, &destination);
 	if (!err) {
 		side->engine = destination;
-		kmig_destination_address(destination, &address, &length);
-		side->world->port = ntohs(((struct sockaddr_in *)&address)->sin_port);
-		err = kmig_destination_run(destination);
+		err = kmig_destination_address(destination, &address, &length);
+		if (!err) {
+			side->world->port = ntohs(((struct sockaddr_in *)&address)->sin_port);
+			err = kmig_destination_run(destination);
+		}
 		side->report = (struct kmig_report){ .size = sizeof(side->report) };
 		kmig_destination_report(destination, &side->report);
 		kmig_destination_free(destination);
