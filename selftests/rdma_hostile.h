@@ -240,6 +240,9 @@ static inline void hostile_main(struct hostile *host)
 	struct hostile_connection *connection;
 
 	host->ready = hostile_listen(host);
+	if (!host->ready)
+		printf("# no RDMA: the peer cannot listen: %s\n", strerror(errno));
+	fflush(stdout);
 	while (host->ready) {
 		hostile_events(host);
 		for (connection = host->connections; connection < host->connections + HOSTILE_CONNECTIONS; connection++)
@@ -253,20 +256,24 @@ static inline void hostile_main(struct hostile *host)
 static inline struct hostile *hostile_start(size_t bytes, uint64_t seed)
 {
 	struct hostile *host;
+	pid_t pid;
 
-	if (!rdma_module_load() || !rdma_link_up())
+	if (!rdma_module_load() || !rdma_link_up()) {
+		printf("# no RDMA: neither module nor device\n");
 		return NULL;
+	}
 	host = mmap(NULL, sizeof(*host), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (host == MAP_FAILED)
 		return NULL;
 	host->random = seed | 1;
 	host->bytes = bytes;
-	host->pid = fork();
-	if (!host->pid) {
+	pid = fork();
+	if (!pid) {
 		hostile_main(host);
 		_exit(1);
 	}
-	while (host->pid > 0 && !host->ready && !waitpid(host->pid, NULL, WNOHANG))
+	host->pid = pid;
+	while (pid > 0 && !host->ready && !waitpid(pid, NULL, WNOHANG))
 		usleep(1000);
 	return host->ready ? host : NULL;
 }
