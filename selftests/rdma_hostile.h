@@ -12,6 +12,7 @@
 #include <arpa/inet.h>
 #include <endian.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <rdma/rdma_cma.h>
 #include <linux/lmtrack_wire.h>
@@ -269,6 +270,7 @@ static inline struct hostile *hostile_start(size_t bytes, uint64_t seed)
 	host->bytes = bytes;
 	pid = fork();
 	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		hostile_main(host);
 		_exit(1);
 	}
