@@ -8,6 +8,8 @@
 #   make check KERNEL=debug          ... on a kernel with KASAN, lockdep, kmemleak (built first)
 #   make check KERNEL=debug-kcsan    ... on one that looks for data races
 #   make check KERNEL=7              ... on Debian 13's newest 7.x (fetched first)
+#   make bench             lmtrack beside its peers, in VMs: a table of ratios in build/bench
+#   make bench QUICK=1     ... in five minutes; BENCH="harvest ..." only these rows
 #   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
@@ -42,7 +44,7 @@ kmake = $(if $(filter 7,$(1)),tools/vm/trixie/make,$(MAKE) --no-print-directory 
 CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
-.PHONY: all modules lib tools selftests fuzzers guest check fuzz demo lint install clean distclean
+.PHONY: all modules lib tools selftests fuzzers guest check fuzz bench demo lint install clean distclean
 .PHONY: lint-checkpatch check-installed
 all: modules lib tools
 
@@ -88,6 +90,11 @@ fuzz:
 	@tools/setup/install
 	@$(MAKE) --no-print-directory fuzzers
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) selftests/run -t $$((6 * $(FUZZ_SECONDS) + 300)) selftests/fuzz/fuzz
+
+bench:
+	@tools/setup/install
+	@$(MAKE) --no-print-directory selftests guest module-$$(tools/vm/kernels 6.12)
+	@selftests/bench $(if $(QUICK),--quick) $(BENCH)
 
 demo:
 	@tools/setup/install
