@@ -31,6 +31,7 @@ struct guest {
 
 /* What the processor finds at the beginning of its own memory. */
 struct guest_order {
+	uint32_t list;
 	uint32_t count;
 	uint32_t write;
 };
@@ -41,7 +42,7 @@ static inline uint32_t *guest_list(const struct guest *guest, unsigned int vcpu)
 }
 
 /*
- *	again:	mov esi, list; mov ecx, [count]; cmp dword [write], 0; je read
+ *	again:	mov esi, [list]; mov ecx, [count]; cmp dword [write], 0; je read
  *	write:	lodsd; inc dword [eax]; dec ecx; jnz write; jmp done
  *	read:	lodsd; mov edx, [eax]; dec ecx; jnz read
  *	done:	out 0x10, al; jmp again
@@ -49,17 +50,17 @@ static inline uint32_t *guest_list(const struct guest *guest, unsigned int vcpu)
 static inline void guest_load(unsigned char *own, uint32_t base)
 {
 	static const unsigned char code[] = {
-		0xbe, 0, 0, 0, 0, 0x8b, 0x0d, 0, 0, 0, 0, 0x83, 0x3d, 0, 0, 0, 0, 0, 0x74, 8,
+		0x8b, 0x35, 0, 0, 0, 0, 0x8b, 0x0d, 0, 0, 0, 0, 0x83, 0x3d, 0, 0, 0, 0, 0, 0x74, 8,
 		0xad, 0xff, 0x00, 0x49, 0x75, 0xfa, 0xeb, 6,
 		0xad, 0x8b, 0x10, 0x49, 0x75, 0xfa,
-		0xe6, 0x10, 0xeb, 0xda,
+		0xe6, 0x10, 0xeb, 0xd9,
 	};
-	uint32_t list = base + GUEST_LIST, count = base, write = base + 4;
+	uint32_t list = base, count = base + 4, write = base + 8;
 
 	memcpy(own + GUEST_CODE, code, sizeof(code));
-	memcpy(own + GUEST_CODE + 1, &list, 4);
-	memcpy(own + GUEST_CODE + 7, &count, 4);
-	memcpy(own + GUEST_CODE + 13, &write, 4);
+	memcpy(own + GUEST_CODE + 2, &list, 4);
+	memcpy(own + GUEST_CODE + 8, &count, 4);
+	memcpy(own + GUEST_CODE + 14, &write, 4);
 }
 
 /* Protected mode without paging: an address is an address of the guest's memory. */
@@ -82,7 +83,10 @@ static inline int guest_set_up_vcpu(int vcpu, uint32_t base)
 	return ioctl(vcpu, KVM_SET_SREGS, &sregs) || ioctl(vcpu, KVM_SET_REGS, &regs) ? -1 : 0;
 }
 
-/* @mem, mapped by this process, is the guest's memory from address 0 on. */
+/*
+ * @mem, mapped by this process, is the guest's memory from address 0 on. With more of it than the
+ * processors could reach, there are none.
+ */
 static inline void guest_new(struct guest *guest, void *mem, uint64_t bytes)
 {
 	struct kvm_userspace_memory_region own = {
@@ -95,16 +99,20 @@ static inline void guest_new(struct guest *guest, void *mem, uint64_t bytes)
 	guest->vm = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
 	if (guest->vm < 0)
 		err(1, "/dev/kvm: run the VM with --kvm-guest");
-	memory = mmap(NULL, own.memory_size, PROT_READ | PROT_WRITE,
-		      MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	own.userspace_addr = (uintptr_t)memory;
 	guest->slot = (struct kvm_userspace_memory_region){
 		.memory_size = bytes, .userspace_addr = (uintptr_t)mem,
 	};
-	if (memory == MAP_FAILED || bytes > GUEST_MAX ||
-	    ioctl(guest->vm, KVM_SET_USER_MEMORY_REGION, &guest->slot) ||
-	    ioctl(guest->vm, KVM_SET_USER_MEMORY_REGION, &own))
+	if (ioctl(guest->vm, KVM_SET_USER_MEMORY_REGION, &guest->slot))
 		err(1, "the guest's memory");
+	if (bytes > GUEST_MAX) {
+		close(kvm);
+		return;
+	}
+	memory = mmap(NULL, own.memory_size, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	own.userspace_addr = (uintptr_t)memory;
+	if (memory == MAP_FAILED || ioctl(guest->vm, KVM_SET_USER_MEMORY_REGION, &own))
+		err(1, "the guest's own memory");
 	run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	for (unsigned int i = 0; i < GUEST_VCPUS; i++) {
 		uint32_t base = GUEST_OWN + i * GUEST_OWN_BYTES;
@@ -120,10 +128,15 @@ static inline void guest_new(struct guest *guest, void *mem, uint64_t bytes)
 	close(kvm);
 }
 
-/* Once through the processor's list. */
-static inline void guest_pass(struct guest *guest, unsigned int vcpu, uint32_t count, bool write)
+/* Once through @count addresses of the processor's list, from entry @first on. */
+static inline void guest_pass(struct guest *guest, unsigned int vcpu, uint32_t first,
+			      uint32_t count, bool write)
 {
-	*(struct guest_order *)guest->vcpu[vcpu].own = (struct guest_order){ count, write };
+	uint32_t list = GUEST_OWN + vcpu * GUEST_OWN_BYTES + GUEST_LIST + first * sizeof(uint32_t);
+
+	if (!count)
+		return;
+	*(struct guest_order *)guest->vcpu[vcpu].own = (struct guest_order){ list, count, write };
 	if (ioctl(guest->vcpu[vcpu].fd, KVM_RUN, 0) ||
 	    guest->vcpu[vcpu].run->exit_reason != KVM_EXIT_IO)
 		errx(1, "the guest stopped, exit reason %u", guest->vcpu[vcpu].run->exit_reason);

@@ -125,15 +125,17 @@ static inline uint64_t pagemap_scan(struct memory *memory, uint64_t category, ui
 		.category_mask = category, .return_mask = category,
 	};
 
-	do {
-		int n = ioctl(pagemap_fd, PAGEMAP_SCAN, &arg);
+	int n;
 
+	/* 6.12 says of a scan that came to its end that it ended where its own buffer was last full. */
+	do {
+		n = ioctl(pagemap_fd, PAGEMAP_SCAN, &arg);
 		if (n < 0)
 			err(1, "PAGEMAP_SCAN");
 		for (int i = 0; i < n; i++)
 			found += (vec[i].end - vec[i].start) / PAGE;
 		arg.start = arg.walk_end;
-	} while (arg.start < arg.end);
+	} while (n == VEC_MAX);
 	return found;
 }
 
@@ -302,7 +304,7 @@ static inline double memory_access(struct memory *memory, struct pattern pattern
 		for_each_page(page, pattern, memory->pages)
 			list[count++] = page * PAGE;
 		begin = bench_ns();
-		guest_pass(memory->guest, 0, count, write);
+		guest_pass(memory->guest, 0, 0, count, write);
 		return bench_ns() - begin;
 	}
 	begin = bench_ns();
@@ -354,9 +356,10 @@ enum order {
 struct request {
 	enum order order;
 	struct pattern pattern;
-	unsigned int threads;
+	unsigned int threads;		/* WRITERS: */
+	unsigned int intervals;
 	bool zipf;
-	double ms;
+	bool harvest;
 };
 
 struct worker {
