@@ -163,8 +163,12 @@ begin_migrate()
 	: >"$work/migrate.err"
 	migrate -v "$@" 2>"$work/migrate.err" &
 	migrate_pid=$!
-	wait_for 60 has_said '^first pass, ' && moves || return 1
-	# It has come first.
+	wait_for 60 has_said '^first pass, ' && moves && find_control_port
+}
+
+# Sets control_port. It has come first.
+find_control_port()
+{
 	control_port=$("${in_src[@]}" ss -Htnp state established "dport = :4760" |
 		sed -nE 's/^([^ ]+ +){2}[^ ]*:([0-9]+) .*[,(]fd=([0-9]+).*/\3 \2/p' | sort -n | sed -n '1s/.* //p')
 }
@@ -213,12 +217,13 @@ runs_on()
 
 dst_pid() { pgrep -f "unix:$work/dst.qmp" | head -n 1; }
 
-# The two logs, one after the other, are one guest's: no heartbeat missing, none
-# twice, one boot id, no corruption. The line cut by the move comes out whole; the
-# very last may still be on its way.
+# beats_continue [LOG...]: one after the other, by default both sides', they are one guest's: no
+# heartbeat missing, none twice, one boot id, no corruption. The line cut by a move comes out whole;
+# the very last may still be on its way.
 beats_continue()
 {
-	cat "$work/src.log" "$work/dst.log" | tr -d '\r' | sed '$d' | awk '
+	[ $# -gt 0 ] || set -- "$work/src.log" "$work/dst.log"
+	cat "$@" | tr -d '\r' | sed '$d' | awk '
 		/^CORRUPT/ { print "the guest says: " $0; bad = 1; exit }
 		/^HB / {
 			if (seen && $2 != n + 1) {
@@ -253,16 +258,17 @@ turn_round()
 	ln -s "$from/dst.qmp" "$work/src.qmp"
 }
 
-# At the destination the guest goes twice more through all its memory: once it began after the move.
+# verifies [LOG]: the guest, by default the one at the destination, goes twice more through all its
+# memory: once it began after now.
 verifies()
 {
-	local passes
+	local log=${1:-$work/dst.log} passes
 
-	wait_for 30 has_beats "$work/dst.log" 1 || return 1
-	passes=$(last_beat "$work/dst.log" passes)
-	wait_for 90 has_verified $((passes + 2))
+	wait_for 30 has_beats "$log" 1 || return 1
+	passes=$(last_beat "$log" passes)
+	wait_for 90 has_verified "$log" $((passes + 2))
 }
-has_verified() { [ "$(last_beat "$work/dst.log" passes)" -ge "$1" ]; }
+has_verified() { [ "$(last_beat "$1" passes)" -ge "$2" ]; }
 
 # ---- What may happen to a network
 

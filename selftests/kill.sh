@@ -4,7 +4,7 @@
 # Signals to the processes of a migration, at its states. After each, the guest runs at
 # exactly one side, whole, nothing of the migration is left, and the region is idle. Where
 # the guest has moved, the next migration starts from there. To be sourced by a script
-# that then calls kill_cases.
+# that then calls kill_cases, or has its own (soak).
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/ktap.sh"
@@ -21,7 +21,7 @@ sides=0
 gone() { [ ! -e "/proc/$1" ] || grep -q '^State:.*Z' "/proc/$1/status" 2>/dev/null; }
 is_running() { "$here/qmp.py" "$1" query-status 2>/dev/null | grep -q '"running": true'; }
 child_of() { pgrep -P "$1" | head -n 1; }
-listens() { [ -n "$(ss -N dst -Hltn 'sport = :4760')" ]; }
+listens() { [ -n "$("${in_dst[@]}" ss -Hltn 'sport = :4760')" ]; }
 
 # strike TARGET SIGNAL STATE: read the migration's messages; when it enters STATE, strike.
 strike()
@@ -44,14 +44,15 @@ strike()
 	done
 }
 
+# start_there OPTIONS...: kmig receive, with a QEMU that waits.
 start_there()
 {
 	sides=$((sides + 1))
 	there_qmp=$work/$sides.qmp
 	there_log=$work/$sides.log
 	qemu_args "$there_log"
-	ip netns exec dst "$kmig" receive --listen $dst_ip --secret "$work/secret" --memory $guest_memory \
-		--qmp "$there_qmp" --name e2e -- "${qemu[@]}" >"$work/receive.out" 2>"$work/receive.err" &
+	"${in_dst[@]}" "$kmig" receive --listen $dst_ip --secret "$work/secret" --memory $guest_memory \
+		--qmp "$there_qmp" --name e2e "$@" -- "${qemu[@]}" >"$work/receive.out" 2>"$work/receive.err" &
 	recv_pid=$!
 	# Or the shell tells of its end.
 	disown "$recv_pid"
@@ -61,27 +62,37 @@ start_there()
 	there_qemu=$(child_of "$recv_worker")
 }
 
-# The front writes down who it is and becomes kmig.
+# start_migrate MESSAGES OPTIONS...: the front writes down who it is and becomes kmig.
 start_migrate()
+{
+	local messages=$1
+
+	shift
+	("${in_src[@]}" sh -c 'echo $$ >"$0"; exec "$@"' "$work/migrate.pid" "$kmig" qemu migrate -v \
+		--qmp "$here_qmp" --to $dst_ip --secret "$work/secret" "$@" >"$work/migrate.out" 2>"$messages"
+	echo $? >"$work/migrate.rc") 2>/dev/null &
+	migrate_pid=$!
+}
+
+# migrate_and_strike TARGET SIGNAL STATE
+migrate_and_strike()
 {
 	rm -f "$work/migrate.err" "$work/migrate.rc"
 	mkfifo "$work/messages" 2>/dev/null
 	strike "$@" <"$work/messages" 2>>"$work/strike.err" &
 	striker=$!
-	(ip netns exec src sh -c 'echo $$ >"$0"; exec "$@"' "$work/migrate.pid" "$kmig" qemu migrate -v \
-		--qmp "$here_qmp" --to $dst_ip --secret "$work/secret" >"$work/migrate.out" 2>"$work/messages"
-	echo $? >"$work/migrate.rc") 2>/dev/null &
-	migrate_pid=$!
+	start_migrate "$work/messages"
 }
 
 # kmig's processes at the source hold the pipe of the messages.
 source_settled() { gone "$striker" && gone "$migrate_pid"; }
 receiver_settled() { gone "$recv_pid" && gone "$recv_worker"; }
 
+# settle [SECONDS]: both sides have ended, the source within so long.
 # A connection that broke before it proved the secret does not end the waiting for another.
 settle()
 {
-	wait_for 40 source_settled || { echo "kmig qemu migrate does not end"; return 1; }
+	wait_for "${1:-40}" source_settled || { echo "kmig qemu migrate does not end"; return 1; }
 	wait_for 3 receiver_settled && return
 	! listens || kill -INT "$recv_pid"
 	wait_for 40 receiver_settled || { echo "kmig receive does not end"; return 1; }
@@ -133,16 +144,6 @@ one_case()
 	return 1
 }
 
-whole()
-{
-	local work=$work/all
-
-	mkdir -p "$work"
-	cat "${logs[@]}" >"$work/src.log"
-	: >"$work/dst.log"
-	beats_continue
-}
-
 # kill_cases "TARGET SIGNAL STATE"...
 kill_cases()
 {
@@ -159,13 +160,13 @@ kill_cases()
 		read -r target signal state <<<"$c"
 		rm -f "$work/moved"
 		start_there || note_file "$work/receive.err"
-		start_migrate "$target" "$signal" "$state"
+		migrate_and_strike "$target" "$signal" "$state"
 		check "$target $signal at $state" one_case "$target" "$signal" "$state"
 		note "exit status $(cat "$work/migrate.rc"), the guest $([ -e "$work/moved" ] && echo has moved || echo has stayed)"
 		[ -e "$work/moved" ] || continue
 		here_qmp=$there_qmp here_log=$there_log here_qemu=$there_qemu
 		logs+=("$there_log")
 	done
-	check "no heartbeat is lost, no page damaged" wait_for 5 whole
+	check "no heartbeat is lost, no page damaged" wait_for 5 beats_continue "${logs[@]}"
 	finish
 }
