@@ -10,6 +10,7 @@
 #   make check KERNEL=7              ... on Debian 13's newest 7.x (fetched first)
 #   make bench             lmtrack beside its peers, in VMs: a table of ratios in build/bench
 #   make bench QUICK=1     ... in five minutes; BENCH="harvest ..." only these rows
+#   make soak              one guest, moved to and fro for SOAK_SECONDS (3600), in a VM
 #   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
@@ -44,7 +45,7 @@ kmake = $(if $(filter 7,$(1)),tools/vm/trixie/make,$(MAKE) --no-print-directory 
 CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
-.PHONY: all modules lib tools selftests fuzzers guest check fuzz bench demo lint install clean distclean
+.PHONY: all modules lib tools selftests fuzzers guest check fuzz soak bench demo lint install clean distclean
 .PHONY: lint-checkpatch check-installed
 all: modules lib tools
 
@@ -95,6 +96,16 @@ bench:
 	@tools/setup/install
 	@$(MAKE) --no-print-directory selftests guest module-$$(tools/vm/kernels 6.12)
 	@selftests/bench $(if $(QUICK),--quick) $(BENCH)
+
+# Not in check, which has to come to the same result whenever it is run.
+SOAK_SECONDS ?= 3600
+soak:
+	@tools/setup/install
+	@$(MAKE) --no-print-directory tools guest module-$$(tools/vm/kernels 6.12)
+	@k=$$(tools/vm/kernels 6.12); \
+	tools/vm/run -k $$k -c 1 -m 2G -t $$(($(SOAK_SECONDS) + 1500)) -o soak --kvm-guest -- \
+		env SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEED=$(SOAK_SEED) \
+		selftests/run -t $$(($(SOAK_SECONDS) + 1200)) -m build/kmod-$$k/lmtrack.ko selftests/soak
 
 demo:
 	@tools/setup/install
