@@ -346,6 +346,8 @@ static int send_frame(struct lmtrack_channel *channel, struct lmtrack_wire_frame
 	ret = channel->transport->send(channel, frame, bytes, channel->bvec, pages,
 				       frame->type != LMTRACK_FRAME_ROUND_END);
 	if (ret) {
+		/* That is how the cap asks for a smaller frame: it must not be asked for ever. */
+		ret = ret == -EAGAIN ? -EIO : ret;
 		channel_lose(channel, ret);
 		return ret;
 	}
