@@ -947,7 +947,8 @@ static long stream_drop_channel(struct file *file, void *arg)
 	channel->task = NULL;
 	channel_detach(channel);
 	mutex_unlock(&stream->channels_lock);
-	drop->error = -channel->error;
+	/* It has none of its own if its thread has failed the whole stream meanwhile. */
+	drop->error = -(channel->error ?: READ_ONCE(stream->error));
 	drop->pages = channel_return(channel);
 	/* Not before: until then a round could begin, and forget what the last has sent. */
 	spin_lock(&stream->end_lock);
