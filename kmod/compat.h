@@ -59,12 +59,14 @@ static inline struct folio *lmtrack_get_folio(struct address_space *mapping, pgo
  * 6.14 gives a thread its CPUs when it first runs, whatever was set before, unless it was told
  * by this: "kthread: Default affine kthread to its preferred NUMA node".
  */
-#ifndef LMTRACK_HAVE_KTHREAD_AFFINE
-static inline int kthread_affine_preferred(struct task_struct *task, const struct cpumask *cpus)
+static inline int lmtrack_thread_affine(struct task_struct *task, const struct cpumask *cpus)
 {
+#ifdef LMTRACK_HAVE_KTHREAD_AFFINE
+	return kthread_affine_preferred(task, cpus);
+#else
 	return set_cpus_allowed_ptr(task, cpus);
-}
 #endif
+}
 
 /*
  * The mapping helpers are built only for who selects CONFIG_MAPPING_DIRTY_HELPERS (vmwgfx

@@ -815,7 +815,7 @@ static int channel_start(struct lmtrack_channel *channel, const struct cpumask *
 	if (IS_ERR(task))
 		return PTR_ERR(task);
 	if (cpus)
-		kthread_affine_preferred(task, cpus);
+		lmtrack_thread_affine(task, cpus);
 	channel->task = task;
 	wake_up_process(task);
 	return 0;
