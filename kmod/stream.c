@@ -749,8 +749,18 @@ static void channel_detach(struct lmtrack_channel *channel)
 	lmtrack_transport_put(channel->transport);
 }
 
+/*
+ * Channels of all streams. Each is a kernel thread, which no limit of the process or of its cgroup
+ * counts: who may open the device could use up the host's threads.
+ */
+static unsigned int channels_max = 4096;
+module_param(channels_max, uint, 0644);
+MODULE_PARM_DESC(channels_max, "Channels of all streams on this host together");
+static atomic_t channel_total = ATOMIC_INIT(0);
+
 static void channel_free(struct lmtrack_channel *channel)
 {
+	atomic_dec(&channel_total);
 	kvfree(channel->bvec);
 	kvfree(channel->folios);
 	kfree(channel->head);
@@ -760,20 +770,25 @@ static void channel_free(struct lmtrack_channel *channel)
 static struct lmtrack_channel *channel_alloc(struct lmtrack_stream *stream)
 {
 	struct lmtrack_channel *channel = kzalloc(sizeof(*channel), GFP_KERNEL_ACCOUNT);
+	long ret = -ENOMEM;
 
 	if (!channel)
-		return NULL;
+		return ERR_PTR(-ENOMEM);
+	if (atomic_inc_return(&channel_total) > READ_ONCE(channels_max)) {
+		ret = -ENOSPC;
+		goto err;
+	}
 	channel->stream = stream;
 	channel->head = kzalloc(LMTRACK_HEAD_BYTES, GFP_KERNEL_ACCOUNT);
 	channel->folios = kvcalloc(LMTRACK_CHUNK_PAGES, sizeof(*channel->folios),
 				   GFP_KERNEL_ACCOUNT);
 	channel->bvec = kvcalloc(LMTRACK_CHUNK_PAGES, sizeof(*channel->bvec),
 				 GFP_KERNEL_ACCOUNT);
-	if (!channel->head || !channel->folios || !channel->bvec) {
-		channel_free(channel);
-		return NULL;
-	}
-	return channel;
+	if (channel->head && channel->folios && channel->bvec)
+		return channel;
+err:
+	channel_free(channel);
+	return ERR_PTR(ret);
 }
 
 /* The caller's CPUs; false in *@given if the caller has no wish. */
@@ -880,8 +895,8 @@ static long stream_add(struct lmtrack_stream *stream, const struct lmtrack_trans
 	if (ret)
 		goto out_mask;
 	channel = channel_alloc(stream);
-	if (!channel) {
-		ret = -ENOMEM;
+	if (IS_ERR(channel)) {
+		ret = PTR_ERR(channel);
 		goto out_mask;
 	}
 	channel->transport = transport;

@@ -577,6 +577,37 @@ STREAM_TEST(add_channel_errors)
 	EXPECT_EQ(1, add_channel(self->stream, self->pair[1]));
 }
 
+#define CHANNELS_MAX_FILE "/sys/module/lmtrack/parameters/channels_max"
+
+static bool set_channels_max(unsigned int most)
+{
+	FILE *file = fopen(CHANNELS_MAX_FILE, "w");
+	bool done = file && fprintf(file, "%u", most) > 0;
+
+	return file && !fclose(file) && done;
+}
+
+/* Each channel is a thread of the kernel's: of them there are no more than the host bears. */
+STREAM_TEST(channels_of_all_streams)
+{
+	int other, pair[2];
+
+	if (access(CHANNELS_MAX_FILE, W_OK))
+		SKIP(return, "not root");
+	other = stream_open(2, 0);
+	ASSERT_LE(0, other);
+	ASSERT_EQ(0, tcp_pair(pair, 0));
+	ASSERT_TRUE(set_channels_max(2));
+	EXPECT_EQ(0, add_channel(self->stream, self->pair[0]));
+	EXPECT_EQ(0, add_channel(other, pair[0]));
+	EXPECT_EQ(-ENOSPC, add_channel(self->stream, self->pair[1]));
+	EXPECT_EQ(-ENOSPC, add_channel(other, pair[1]));
+	close(other);
+	/* What is gone does not count. */
+	EXPECT_TRUE(EVENTUALLY(10, add_channel(self->stream, self->pair[1]) == 1));
+	EXPECT_TRUE(set_channels_max(4096));
+}
+
 /* A peer that has gone before the channel was added. */
 STREAM_TEST(add_channel_closed)
 {

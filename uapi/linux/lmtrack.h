@@ -413,9 +413,10 @@ struct lmtrack_stream_add_region {
  * counts its frames from 0; its statistics go on.
  *
  * EBADF, ENOTSOCK, EPROTOTYPE (no TCP socket), ENOTCONN, EEXIST (the socket is in this stream
- * already; the channel was not dropped), ENOSPC (LMTRACK_CHANNELS_MAX), EBUSY (a round was
- * already sent, or is being sent), EPIPE (cancelled), EINVAL (mask empty, or without an online
- * CPU; no such channel), EFAULT, ENOMEM.
+ * already; the channel was not dropped), ENOSPC (LMTRACK_CHANNELS_MAX in this stream, or the
+ * module's channels_max in all streams), EBUSY (a round was already sent, or is being sent),
+ * EPIPE (cancelled), EINVAL (mask empty, or without an online CPU; no such channel), EFAULT,
+ * ENOMEM.
  */
 struct lmtrack_stream_add_channel {
 	__u32 size;
