@@ -60,6 +60,9 @@ long lmtrack_serve(struct file *file, const struct lmtrack_request *table, size_
 	/* Every argument begins with its size and its flags. */
 	if (((u32 *)arg)[1] & ~request->flags)
 		return -EOPNOTSUPP;
+	/* Where the answer could not be told, nothing is done. */
+	if (request->out && copy_to_user(user, arg, min(user_size, request->size)))
+		return -EFAULT;
 
 	ret = request->serve(file, arg);
 	if (request->out && copy_to_user(user, arg, min(user_size, request->size)) && ret >= 0)

@@ -608,6 +608,20 @@ STREAM_TEST(channels_of_all_streams)
 	EXPECT_TRUE(set_channels_max(4096));
 }
 
+/* An answer that cannot be told: nothing is done, and it may be asked again. */
+STREAM_TEST(answer_cannot_be_told)
+{
+	struct lmtrack_stream_add_channel *args = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
+						       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	ASSERT_NE(MAP_FAILED, args);
+	*args = (struct lmtrack_stream_add_channel){ .size = sizeof(*args), .fd = self->pair[0] };
+	ASSERT_EQ(0, mprotect(args, PAGE, PROT_READ));
+	EXPECT_EQ(-EFAULT, lmt_ioctl(self->stream, LMTRACK_STREAM_ADD_CHANNEL, args));
+	EXPECT_EQ(0, add_channel(self->stream, self->pair[0]));
+	munmap(args, PAGE);
+}
+
 /* A peer that has gone before the channel was added. */
 STREAM_TEST(add_channel_closed)
 {
