@@ -742,6 +742,8 @@ static int step(struct kmig_source *source, struct kmig_round *round)
 	if (n < 0)
 		return n;
 	err = kmig_control_check_silence(&source->control);
+	if (!err)
+		err = kmig_source_digest_error(&source->digest);
 	/* POLLERR alone: it has failed, the round is about to end, and will tell why. */
 	if (!err && source->sending && (fds[2].revents & POLLIN))
 		err = round_sent(source, round);

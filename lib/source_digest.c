@@ -2,15 +2,22 @@
 /* The source's half of the final check. */
 #include "source_digest.h"
 
-/* With @lock held. A failure to send shows on the engine's thread, as the connection's. */
+/*
+ * With @lock held. The engine's thread has to be told of a failure: it may be one of this host's, which
+ * the connection does not show, and what was not sent will never be compared.
+ */
 static void flush(struct kmig_source_digest *digest)
 {
+	int err;
+
 	if (!digest->batched)
 		return;
 	/* Counted first: COMPARED must not overtake the count. */
 	atomic_fetch_add(&digest->sent, digest->batched);
-	kmig_control_send(digest->control, LMTRACK_MSG_DIGESTS, digest->batch,
-			  digest->batched * sizeof(digest->batch[0]));
+	err = kmig_control_send(digest->control, LMTRACK_MSG_DIGESTS, digest->batch,
+				digest->batched * sizeof(digest->batch[0]));
+	if (err)
+		atomic_store(&digest->error, err);
 	digest->batched = 0;
 }
 
@@ -247,6 +254,11 @@ uint64_t kmig_source_digest_dirty(struct kmig_source_digest *digest, uint64_t *c
 	for (uint64_t i = 0; i < kmig_words(total); i++)
 		chunks += __builtin_popcountll(digest->dirty_chunks[i]);
 	return chunks;
+}
+
+int kmig_source_digest_error(const struct kmig_source_digest *digest)
+{
+	return atomic_load(&digest->error);
 }
 
 bool kmig_source_digest_sent(struct kmig_source_digest *digest)

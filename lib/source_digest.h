@@ -26,6 +26,7 @@ struct kmig_source_digest {
 	uint64_t *frozen;		/* sent in @frozen_round at the latest, memory being at rest */
 	_Atomic uint32_t acked, frozen_round;
 	_Atomic uint64_t sent;		/* entries */
+	_Atomic int error;		/* negative errno: some could not be sent */
 	uint64_t compared;		/* entries the destination has compared, or found void */
 	_Atomic uint64_t busy_ns, digested;	/* for the rate */
 	pthread_mutex_t lock;
@@ -51,6 +52,8 @@ void kmig_source_digest_freeze(struct kmig_source_digest *digest, uint64_t *cons
 void kmig_source_digest_thaw(struct kmig_source_digest *digest);
 /* The destination answered NEED: digest what it named, the guest being paused. */
 void kmig_source_digest_need(struct kmig_source_digest *digest);
+/* Why digests could not be sent, which has its message; 0. */
+int kmig_source_digest_error(const struct kmig_source_digest *digest);
 /* Everything that was begun has been sent; and has been compared? */
 bool kmig_source_digest_sent(struct kmig_source_digest *digest);
 bool kmig_source_digest_compared(struct kmig_source_digest *digest);
