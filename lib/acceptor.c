@@ -106,12 +106,6 @@ static int read_some(struct kmig_guest *guest, size_t want)
 	return 1;
 }
 
-static bool send_now(struct kmig_guest *guest, const void *data, size_t length)
-{
-	/* These few bytes fit into any fresh socket's buffer: there is no wait, whatever the peer does. */
-	return !kmig_net_send(guest->fd, data, length, kmig_now_ns() + kmig_ms(100), -1);
-}
-
 /* Our version is no secret, and tells the other what to do about it. */
 static void tell_version(struct kmig_guest *guest)
 {
@@ -121,7 +115,7 @@ static void tell_version(struct kmig_guest *guest)
 	} answer = { .abort.error = htole32(EPROTONOSUPPORT) };
 
 	kmig_message_encode(LMTRACK_MSG_ABORT, &answer.abort, sizeof(answer.abort), &answer.header);
-	send_now(guest, &answer, sizeof(answer));
+	kmig_net_send_first(guest->fd, &answer, sizeof(answer));
 }
 
 /* A message of @type and @length, read into @guest->bytes: 1, 0 not yet, -1 turned away. */
@@ -160,7 +154,7 @@ static void greet(struct kmig_acceptor *acceptor, struct kmig_guest *guest)
 
 	memcpy(&guest->transcript.source, guest->bytes, sizeof(struct kmig_hello));
 	guest->have = 0;
-	if (kmig_auth_hello(acceptor->page_size, ours) || !send_now(guest, ours, sizeof(*ours))) {
+	if (kmig_auth_hello(acceptor->page_size, ours) || kmig_net_send_first(guest->fd, ours, sizeof(*ours))) {
 		turn_away(acceptor, guest, "it could not be greeted");
 		return;
 	}
@@ -191,7 +185,7 @@ static bool prove(struct kmig_acceptor *acceptor, struct kmig_guest *guest, stru
 		return false;
 	}
 	kmig_message_encode(LMTRACK_MSG_PROOF, &answer.proof, sizeof(answer.proof), &answer.header);
-	if (!send_now(guest, &answer, sizeof(answer))) {
+	if (kmig_net_send_first(guest->fd, &answer, sizeof(answer))) {
 		turn_away(acceptor, guest, "it hung up");
 		return false;
 	}

@@ -43,7 +43,7 @@ static unsigned int there(const struct kmig_channels *channels)
 
 /* ---- Connecting ---- */
 
-/* The first thing on a connection: whose it is. It fits into any fresh socket's buffer. */
+/* The first thing on a connection: whose it is. */
 static int introduce(struct kmig_channels *channels, uint32_t number)
 {
 	struct kmig_channel *channel = &channels->channel[number];
@@ -64,7 +64,7 @@ static int introduce(struct kmig_channels *channels, uint32_t number)
 	kmig_frame_encode(&frame, NULL, &wire.frame);
 	err = kmig_auth_channel(channels->session, channels->stream, number, channel->attempt, &wire.channel);
 	if (!err)
-		err = kmig_net_send(channel->fd, &wire, sizeof(wire), kmig_now_ns() + kmig_ms(channels->timeout_ms), -1);
+		err = kmig_net_send_first(channel->fd, &wire, sizeof(wire));
 	/* From now on its only writer is the tracker, which may wait for room. */
 	return err ? err : kmig_net_set_blocking(channel->fd, true);
 }

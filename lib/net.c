@@ -12,6 +12,7 @@
 #include <sys/uio.h>
 
 #define LISTEN_BACKLOG 128
+#define FIRST_WORDS_MS 100
 
 int kmig_net_wait(int fd, short events, uint64_t deadline_ns, int abort_fd)
 {
@@ -314,6 +315,11 @@ int kmig_net_send(int fd, const void *data, size_t length, uint64_t deadline_ns,
 		}
 	}
 	return 0;
+}
+
+int kmig_net_send_first(int fd, const void *data, size_t length)
+{
+	return kmig_net_send(fd, data, length, kmig_now_ns() + kmig_ms(FIRST_WORDS_MS), -1);
 }
 
 int kmig_net_recv(int fd, void *data, size_t length, uint64_t deadline_ns, int abort_fd)

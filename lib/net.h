@@ -46,6 +46,11 @@ int kmig_net_error(int fd);
 int kmig_net_listen(struct kmig_ctx *ctx, const char *host, uint16_t port);
 
 int kmig_net_send(int fd, const void *data, size_t length, uint64_t deadline_ns, int abort_fd);
+/*
+ * A few bytes on a connection that is new: its buffer has room for them, whatever the peer does. Where
+ * the host itself is short of memory, a moment is waited for it.
+ */
+int kmig_net_send_first(int fd, const void *data, size_t length);
 int kmig_net_recv(int fd, void *data, size_t length, uint64_t deadline_ns, int abort_fd);
 
 struct iovec;
