@@ -156,7 +156,10 @@ struct side {
 	struct kmig_round_report round;	/* the last */
 	struct kmig_report report;
 	char error[512];
+	/* of the tracker external: what the VMM has seen to be written */
+	int (*dirty)(uint64_t first, uint64_t pages, uint64_t *bitmap);
 	/* what to change about the options */
+	enum kmig_tracker_kind tracker;
 	enum kmig_transport transport;
 	uint64_t rdma_window_bytes;
 	uint32_t downtime_ms, max_rounds, timeout_ms;
@@ -285,6 +288,14 @@ static inline void on_round(const struct kmig_round_report *round, void *data)
 	act(side, AT_ROUND);
 }
 
+static inline int on_dirty(unsigned int region, uint64_t first, uint64_t pages, uint64_t *bitmap, void *data)
+{
+	struct side *side = data;
+
+	(void)region;
+	return side->dirty(first, pages, bitmap);
+}
+
 static inline int on_prepare(const uint64_t *bytes, unsigned int count, struct kmig_region **regions, void *data)
 {
 	struct side *side = data;
@@ -337,6 +348,7 @@ static const struct kmig_source_ops source_ops = {
 	.completed = on_completed,
 	.progress = on_progress,
 	.round = on_round,
+	.dirty = on_dirty,
 };
 
 static const struct kmig_destination_ops destination_ops = {
@@ -392,6 +404,7 @@ static inline int source_main(struct side *side)
 	int err;
 
 	opts.host = side->host ? side->host : "127.0.0.1";
+	opts.tracker = side->tracker;
 	opts.transport = side->transport;
 	opts.port = side->world->port;
 	opts.secret = SECRET;
@@ -418,8 +431,11 @@ static inline int source_main(struct side *side)
 	opts.no_stun = side->no_stun;
 	opts.max_time_ms = side->max_time_ms;
 	err = kmig_source_new(side->ctx, &opts, &source_ops, side, &source);
-	if (err)
+	if (err) {
+		snprintf(side->error, sizeof(side->error), "%s", kmig_ctx_error(side->ctx));
+		side->world->source_result = err;
 		return err;
+	}
 	side->engine = source;
 	err = kmig_source_add_region(source, side->region);
 	if (!err)
