@@ -173,8 +173,11 @@ static bool prove(struct kmig_acceptor *acceptor, struct kmig_guest *guest, stru
 	const struct lmtrack_wire_hello *theirs = &guest->transcript.source.body;
 	const void *given = guest->bytes + sizeof(answer.header);
 
-	if (kmig_auth_proof(acceptor->secret, acceptor->secret_len, "lmtrack source", &guest->transcript, &expected) ||
-	    !kmig_auth_equal(given, &expected, sizeof(expected))) {
+	if (kmig_auth_proof(acceptor->secret, acceptor->secret_len, "lmtrack source", &guest->transcript, &expected)) {
+		turn_away(acceptor, guest, "its proof could not be checked");
+		return false;
+	}
+	if (!kmig_auth_equal(given, &expected, sizeof(expected))) {
 		turn_away(acceptor, guest, "it does not know the secret");
 		return false;
 	}
@@ -283,8 +286,11 @@ static int channel_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 			why = "it is no channel of this migration";
 			n = -1;
 		}
-		if (!n && (kmig_auth_channel(session, stream, frame.channel, frame.arg, &expected) ||
-			   !kmig_auth_equal(guest->bytes + sizeof(raw), &expected, sizeof(expected)))) {
+		if (!n) {
+			n = kmig_auth_channel(session, stream, frame.channel, frame.arg, &expected);
+			why = "its proof could not be checked";
+		}
+		if (!n && !kmig_auth_equal(guest->bytes + sizeof(raw), &expected, sizeof(expected))) {
 			why = "it does not know the session's key";
 			n = -1;
 		}

@@ -95,7 +95,7 @@ int kmig_control_open(struct kmig_control *control, struct kmig_ctx *ctx, const 
 		control->keepalive_runs = !kmig_thread_start(&control->keepalive, keepalive, control);
 	if (!control->keepalive_runs) {
 		kmig_control_close(control);
-		return kmig_fail(ctx, -ENOMEM, "control connection: out of memory");
+		return kmig_fail(ctx, -ENOMEM, "control connection: out of memory or threads");
 	}
 	return 0;
 }
@@ -205,10 +205,11 @@ static int check_message(struct kmig_control *control)
 		return kmig_fail(control->ctx, err, "message %s from the %s: %s", kmig_message_name(type), control->peer, why);
 	err = kmig_auth_seal(control->recv_key, control->received, &control->header, control->body,
 			     sealed_bytes(type, length), seal);
-	if (!err && !kmig_auth_equal(seal, control->header.mac, sizeof(seal)))
-		err = -EBADMSG;
 	if (err)
-		return kmig_fail(control->ctx, err, "message %s from the %s: it is not sealed with the session's key",
+		return kmig_fail(control->ctx, err, "message %s from the %s: its seal could not be computed here: %s",
+				 kmig_message_name(type), control->peer, strerror(-err));
+	if (!kmig_auth_equal(seal, control->header.mac, sizeof(seal)))
+		return kmig_fail(control->ctx, -EBADMSG, "message %s from the %s: it is not sealed with the session's key",
 				 kmig_message_name(type), control->peer);
 	control->received++;
 	return 0;

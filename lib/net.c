@@ -113,13 +113,23 @@ static in_port_t *address_port(struct sockaddr_storage *address)
 						&((struct sockaddr_in *)address)->sin_port;
 }
 
+/* What the resolver says; of what the system told it, it says nothing itself. */
+static const char *resolver_error(int err)
+{
+	return err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err);
+}
+
 /* No name is looked up: that may take long, and paths are the business of who knows the hosts. */
 static int numeric(struct kmig_ctx *ctx, const char *text, struct sockaddr_storage *address)
 {
 	struct addrinfo hints = { .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST };
 	struct addrinfo *list;
+	int err;
 
-	if (getaddrinfo(text, NULL, &hints, &list))
+	err = getaddrinfo(text, NULL, &hints, &list);
+	if (err == EAI_MEMORY || err == EAI_SYSTEM)
+		return kmig_fail(ctx, err == EAI_SYSTEM ? -errno : -ENOMEM, "path: '%s': %s", text, resolver_error(err));
+	if (err)
 		return kmig_fail(ctx, -EINVAL, "path: '%s' is no address", text);
 	memcpy(address, list->ai_addr, list->ai_addrlen);
 	freeaddrinfo(list);
@@ -241,7 +251,7 @@ static int resolve(struct kmig_ctx *ctx, const char *host, uint16_t port, int fl
 	snprintf(service, sizeof(service), "%u", port);
 	err = getaddrinfo(host, service, &hints, list);
 	if (err)
-		return kmig_fail(ctx, -EHOSTUNREACH, "%s: %s", host, gai_strerror(err));
+		return kmig_fail(ctx, -EHOSTUNREACH, "%s: %s", host, resolver_error(err));
 	return 0;
 }
 

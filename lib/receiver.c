@@ -404,7 +404,7 @@ int kmig_receiver_start(struct kmig_receiver *receiver, struct kmig_ctx *ctx, co
 	if (ok)
 		return 0;
 	kmig_receiver_stop(receiver);
-	return kmig_fail(ctx, -ENOMEM, "data channels: out of memory");
+	return kmig_fail(ctx, -ENOMEM, "data channels: out of memory, threads or descriptors");
 }
 
 static void wake_channel(struct kmig_receiver_channel *channel)

@@ -382,7 +382,9 @@ static int handshake(struct kmig_source *source, int fd)
 	if (err)
 		return err;
 	err = kmig_auth_proof(source->secret, source->opts.secret_len, "lmtrack destination", &transcript, &expected);
-	if (err || !kmig_auth_equal(&expected, &theirs.proof, sizeof(expected)))
+	if (err)
+		return kmig_fail(source->ctx, err, "the destination's proof could not be checked: %s", strerror(-err));
+	if (!kmig_auth_equal(&expected, &theirs.proof, sizeof(expected)))
 		return kmig_fail(source->ctx, -EKEYREJECTED, "whoever listens there does not know the secret: give both sides the same");
 
 	/* Only now is it known who said so. */

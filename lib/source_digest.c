@@ -88,7 +88,7 @@ int kmig_source_digest_start(struct kmig_source_digest *digest, struct kmig_ctx 
 	    !kmig_workers_start(&digest->workers, kmig_chunks_total(&digest->chunks), digest_chunk, drained, digest))
 		return 0;
 	kmig_source_digest_stop(digest);
-	return kmig_fail(ctx, -ENOMEM, "digests: out of memory");
+	return kmig_fail(ctx, -ENOMEM, "digests: out of memory, threads or descriptors");
 }
 
 void kmig_source_digest_stop(struct kmig_source_digest *digest)

@@ -49,7 +49,7 @@ int kmig_verify_start(struct kmig_verify *verify, struct kmig_receiver *receiver
 		return 0;
 	}
 	kmig_verify_stop(verify);
-	return kmig_fail(receiver->ctx, -ENOMEM, "digests: out of memory");
+	return kmig_fail(receiver->ctx, -ENOMEM, "digests: out of memory, threads or descriptors");
 }
 
 void kmig_verify_stop(struct kmig_verify *verify)
