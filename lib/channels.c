@@ -592,9 +592,12 @@ int kmig_channels_begin(struct kmig_channels *channels, uint32_t round)
 		if (channel->state != KMIG_CHANNEL_JOINED || channel->from > round)
 			continue;
 		err = kmig_tracker_replace_channel(channels->tracker, i, channel->fd);
-		if (err == -ENOTCONN) {
-			/* It was lost again meanwhile; the tracker never had it. */
-			err = lose(channels, i, round - 1, ENOTCONN);
+		if (err == -ENOTCONN || err == -ENOMEM || err == -EAGAIN) {
+			/*
+			 * It was lost again meanwhile, or there is no memory or thread for it now: the
+			 * tracker does not have it, and the others go on.
+			 */
+			err = lose(channels, i, round - 1, -err);
 			continue;
 		}
 		if (err)

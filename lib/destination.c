@@ -599,16 +599,17 @@ static int rejoin(struct kmig_destination *destination)
 	for (unsigned int i = 0; i < destination->channels; i++) {
 		if (!(come >> i & 1))
 			continue;
-		/* Used before: of somebody who has listened, or given up long ago. */
+		/* An attempt used before: of somebody who has listened, or given up long ago. */
 		if (err || attempts[i] <= receiver->channel[i].attempt || kmig_net_set_blocking(sockets[i], true)) {
 			close(sockets[i]);
 			continue;
 		}
-		err = kmig_receiver_join(receiver, i, sockets[i], attempts[i]);
-		destination->report.channels_rejoined += !err;
+		/* If it cannot be had now it is closed, as the source sees, which comes back later. */
+		if (kmig_receiver_join(receiver, i, sockets[i], attempts[i]))
+			continue;
+		destination->report.channels_rejoined++;
 		kmig_receiver_advance(receiver);
-		if (!err)
-			err = tell_channel(destination, LMTRACK_MSG_CHANNEL_JOINED, i, 0);
+		err = tell_channel(destination, LMTRACK_MSG_CHANNEL_JOINED, i, 0);
 	}
 	return err;
 }

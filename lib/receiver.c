@@ -265,6 +265,8 @@ static void receive_frames(struct kmig_receiver_channel *channel)
 {
 	struct buffers *buffers = malloc(sizeof(*buffers));
 
+	/* As good as a connection that broke: others may go on, and this one come back. */
+	channel->lost = !buffers;
 	if (!buffers)
 		channel_fail(channel, -ENOMEM, "out of memory");
 	else
@@ -522,7 +524,8 @@ int kmig_receiver_join(struct kmig_receiver *receiver, uint32_t number, int fd, 
 	channel->runs = !kmig_thread_start(&channel->thread, channel_main, channel);
 	if (!channel->runs) {
 		close_channel(channel);
-		return kmig_fail(receiver->ctx, -EAGAIN, "data channel %u: no thread for it", number);
+		kmig_log(receiver->ctx, KMIG_LOG_WARNING, "data channel %u has come back, and there is no thread for it", number);
+		return -EAGAIN;
 	}
 	return 0;
 }

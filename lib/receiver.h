@@ -89,7 +89,7 @@ int kmig_receiver_lost(struct kmig_receiver *receiver, uint32_t timeout_ms, int 
  * has begun. Harmless when it is not there. An error: what it sent was refused.
  */
 int kmig_receiver_drop(struct kmig_receiver *receiver, uint32_t number, uint32_t round);
-/* Another connection for one that is not there; takes @fd over. */
+/* Another connection for one that is not there; takes @fd over. EAGAIN, without a message: not now. */
 int kmig_receiver_join(struct kmig_receiver *receiver, uint32_t number, int fd, uint64_t attempt);
 /* No channel is in the round to come: those that are there are in it. */
 bool kmig_receiver_advance(struct kmig_receiver *receiver);
