@@ -79,10 +79,10 @@ void kmig_net_queue_at_most(int fd, uint64_t bytes)
 
 static int set_mark(int fd, int family, const struct kmig_net_mark *mark)
 {
-	int tos = mark ? mark->dscp << 2 : -1;	/* the rest is ECN's, which TCP keeps to itself */
-	int err = 0;
+	int tos, err = 0;
 
 	if (mark && mark->dscp >= 0) {
+		tos = mark->dscp << 2;	/* the rest is ECN's, which TCP keeps to itself */
 		/* An IPv6 socket may turn out to speak IPv4. */
 		err = setsockopt(fd, IPPROTO_IP, IP_TOS, &tos, sizeof(tos));
 		if (family == AF_INET6)
