@@ -105,7 +105,7 @@ goes_on()
 	n=$(last_beat "$2" n)
 	wait_for 15 beats_beyond "$2" "${n:-0}" || { echo "no heartbeat"; return 1; }
 	"$kmig" region show --pid "$1" | grep -q 'state *idle' || { echo "still tracked"; return 1; }
-	! grep -aq CORRUPT "$2"
+	! grep -a -m 1 CORRUPT "$2"
 }
 
 one_gone() { gone "$here_qemu" || gone "$there_qemu"; }
