@@ -14,6 +14,9 @@
  *   gl.writers=N  threads that write (2)
  *   gl.rate=N     MB/s that they dirty together, 0 for as fast as they can (20)
  *   gl.touch=1    write only the head of a page: it is as dirty, and far more pages are (0)
+ *   gl.zipf=1     the n-th of a writer's pages is written n times less often than its first (0:
+ *                 each as often)
+ *   gl.pin=1      who writes runs on the last processor, all others on the first (0)
  *   gl.verify=N   MB/s that are verified, 0 for as fast as it can (16)
  *   gl.corrupt=N  after N seconds, damage a page (0: never); the guest must notice
  *   gl.beat=N     a byte to QEMU's debug console every N ms (0: none)
@@ -67,7 +70,7 @@ static uint64_t (*fixed)[STATIC_WORDS];
 static uint64_t *fixed_sums;
 static uint64_t fixed_count;
 
-static uint64_t writers, rate, touch, verify_rate, corrupt_after;
+static uint64_t writers, rate, touch, zipf, pin, verify_rate, corrupt_after;
 static atomic_ullong written, verified, passes;
 
 static char corrupt_text[160];
@@ -169,6 +172,40 @@ static void page_write(uint64_t n, bool whole)
 	atomic_fetch_add_explicit(&written, 1, memory_order_relaxed);
 }
 
+static uint64_t draw(uint64_t *seed)
+{
+	*seed = *seed * 6364136223846793005ULL + 1442695040888963407ULL;
+	return *seed >> 32;
+}
+
+/*
+ * A number below @count, by Zipf's law: that it is below n is as likely as log n is to log count. So
+ * first its length is drawn, then the rest of its digits. Neighbours in that order lie far apart.
+ */
+static uint64_t draw_zipf(uint64_t *seed, uint64_t count)
+{
+	const uint64_t spread = 2654435761;	/* a prime, and no count has it */
+	unsigned int lengths = 64 - __builtin_clzll(count);
+	uint64_t n;
+
+	do {
+		uint64_t least = 1ULL << draw(seed) % lengths;
+
+		n = least + draw(seed) % least - 1;
+	} while (n >= count);
+	return n * spread % count;
+}
+
+static void stay_on(int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	if (pin && sched_setaffinity(0, sizeof(cpus), &cpus))
+		die("sched_setaffinity");
+}
+
 /* Writer i owns the pages [i, i + 1) * page_count / writers and nobody else writes there. */
 static void *writer(void *arg)
 {
@@ -178,11 +215,10 @@ static void *writer(void *arg)
 	uint64_t seed = mix(i + 1), done = 0;
 	int64_t start = now();
 
+	stay_on(sysconf(_SC_NPROCESSORS_ONLN) - 1);
 	for (;;) {
-		for (int k = 0; k < BATCH; k++) {
-			seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
-			page_write(first + (seed >> 32) % count, !touch);
-		}
+		for (int k = 0; k < BATCH; k++)
+			page_write(first + (zipf ? draw_zipf(&seed, count) : draw(&seed) % count), !touch);
 		done += BATCH * writers;
 		pace(done, rate, &start);
 	}
@@ -357,12 +393,15 @@ int main(void)
 	writers = parameter(cmdline, "gl.writers=", 2);
 	rate = parameter(cmdline, "gl.rate=", 20);
 	touch = parameter(cmdline, "gl.touch=", 0);
+	zipf = parameter(cmdline, "gl.zipf=", 0);
+	pin = parameter(cmdline, "gl.pin=", 0);
 	verify_rate = parameter(cmdline, "gl.verify=", 16);
 	corrupt_after = parameter(cmdline, "gl.corrupt=", 0);
 
 	line_ms = parameter(cmdline, "gl.line=", 100);
 
 	fill();
+	stay_on(0);
 	start_thread(verifier, 0);
 	for (uint64_t i = 0; i < writers; i++)
 		start_thread(writer, i);
