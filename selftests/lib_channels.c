@@ -428,6 +428,7 @@ static void reset_in_blackout(struct side *side, int at)
 TEST_F_TIMEOUT(channels, reset_in_the_blackout, 120)
 {
 	static const int at[] = { AT_PAUSE, AT_SAVE, KMIG_STATE_CHECK };
+	unsigned int lost = 0;
 
 	SKIP_WITHOUT_TRACKER();
 	for (unsigned int i = 0; i < 15; i++) {
@@ -438,10 +439,12 @@ TEST_F_TIMEOUT(channels, reset_in_the_blackout, 120)
 		move(self);
 		EXPECT_TRUE(blackout_done);
 		EXPECT_MOVED();
-		/* In the check they are not needed any more. */
-		EXPECT_EQ(blackout_at != KMIG_STATE_CHECK, self->source.report.channels_lost);
+		/* In the check they are not needed any more. On a busy machine it comes to that sooner. */
+		EXPECT_GE(blackout_at != KMIG_STATE_CHECK, self->source.report.channels_lost);
+		lost += self->source.report.channels_lost;
 		end(self);
 	}
+	EXPECT_LT(0, lost);
 }
 
 static void silence(struct side *side, int at)
