@@ -65,6 +65,7 @@ static inline uint64_t pattern_pages(struct pattern pattern, uint64_t pages)
 struct memory {
 	const struct method *method;
 	uint64_t bytes, pages;
+	bool sparse;
 	int fd, uffd;
 	unsigned char *mem;
 	uint64_t *bitmap;
@@ -145,7 +146,10 @@ static inline void wp_start(struct memory *memory)
 	struct uffdio_register reg = { .range = range, .mode = UFFDIO_REGISTER_MODE_WP };
 	struct uffdio_writeprotect wp = { .range = range, .mode = UFFDIO_WRITEPROTECT_MODE_WP };
 
-	if (ioctl(memory->uffd, UFFDIO_REGISTER, &reg) || ioctl(memory->uffd, UFFDIO_WRITEPROTECT, &wp))
+	if (ioctl(memory->uffd, UFFDIO_REGISTER, &reg))
+		err(1, "UFFDIO_REGISTER");
+	/* It would fill page tables for all that does not exist. The first harvest protects, too. */
+	if (!memory->sparse && ioctl(memory->uffd, UFFDIO_WRITEPROTECT, &wp))
 		err(1, "UFFDIO_WRITEPROTECT");
 }
 
@@ -263,7 +267,10 @@ static inline void memory_new(struct memory *memory, const struct method *method
 		.features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
 	};
 
-	*memory = (struct memory){ .method = method, .bytes = bytes, .pages = bytes / PAGE };
+	*memory = (struct memory){
+		.method = method, .bytes = bytes, .pages = bytes / PAGE,
+		.sparse = populate.run < populate.stride,
+	};
 	memory->fd = method->region ? lmt_region(bytes) : memfd_create("bench", MFD_CLOEXEC);
 	if (memory->fd < 0 || (!method->region && ftruncate(memory->fd, bytes)))
 		errx(1, "no memory of %s: is the module loaded?", method->name);
