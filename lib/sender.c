@@ -657,6 +657,9 @@ static void *channel_main(void *data)
 		err = send_round(channel, &count, &harvesting);
 		if (err && harvesting) {
 			kmig_copy_error(sender->tracker->config.ctx, text);
+			/* These are how a wait says that the round has not ended; the text has the cause. */
+			if (err == -ETIMEDOUT || err == -EINTR)
+				err = -EIO;
 			fail(sender, channel->number, err, text);
 		} else if (err && !sender->error) {
 			lose(channel, err);
