@@ -365,14 +365,16 @@ static unsigned int most_pages(const struct kmig_sender *sender)
 	return !pages ? 1 : pages < LMTRACK_CHUNK_PAGES ? pages : LMTRACK_CHUNK_PAGES;
 }
 
-/* Is there no point in waiting until its frame may be sent? EAGAIN: that has become too large. */
+#define TOO_LARGE 1	/* no errno: the channel may have been given up with any of them */
+
+/* Is there no point in waiting until its frame may be sent? */
 static int frame_over(const void *data)
 {
 	const struct channel *channel = data;
 
 	if (given_up(channel))
 		return given_up(channel);
-	return channel->pages > most_pages(channel->sender) ? -EAGAIN : 0;
+	return channel->pages > most_pages(channel->sender) ? TOO_LARGE : 0;
 }
 
 /* The frame begun in @channel->frame's place: header and table, then what @vec holds. */
@@ -463,7 +465,7 @@ static int send_extents(struct channel *channel, uint8_t type, unsigned int inde
 		if (!err)
 			*(data ? &count->data : &count->zero) += pages;
 		/* The cap was lowered while it waited. */
-		if (err == -EAGAIN) {
+		if (err == TOO_LARGE) {
 			next = first;
 			err = 0;
 		}
