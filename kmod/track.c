@@ -48,12 +48,15 @@
 #include "trace.h"
 
 /*
- * A protection call of its own costs as much as walking over some fifty clean entries: dirty
- * runs with no more than this between them are protected in one call. Where an MMU notifier is
- * registered (KVM) the call also throws away what the guest has mapped in between, so there
- * runs are not joined.
+ * A span of pages is protected by three walks over the mappings, each of which costs some
+ * forty instructions a page and over a thousand to begin. So up to three pages are protected
+ * one by one instead, and spans are joined where that costs less than to protect the smaller of
+ * them by itself, which is as much as walking over eight pages for each one in it. Where an MMU
+ * notifier is registered (KVM) a walk also throws away what the guest has mapped in between: there
+ * nothing is joined.
  */
-#define LMTRACK_JOIN_PAGES	50
+#define LMTRACK_SINGLE_PAGES	3
+#define LMTRACK_JOIN_PAGES	8
 
 static bool use_mkclean;
 module_param(use_mkclean, bool, 0444);
@@ -489,6 +492,31 @@ static void pages_protect(struct address_space *mapping, pgoff_t first, unsigned
 }
 
 /*
+ * Protect the pages of @present among @from to @to - 1, @pages of them. Few are protected one by
+ * one: that is one pass over the mappings for each, and its one step for an entry leaves nothing
+ * to look at again.
+ */
+static void span_protect(struct address_space *mapping, pgoff_t first,
+			 const unsigned long *present, struct folio **folios,
+			 unsigned int from, unsigned int to, unsigned int pages,
+			 unsigned long *again)
+{
+	unsigned int bit;
+
+	/*
+	 * Whether there is a mapping at all is for the walks to see: they hold i_mmap_rwsem. A
+	 * mapping that is being resized is not in the tree for a moment.
+	 */
+	if (IS_ENABLED(CONFIG_MAPPING_DIRTY_HELPERS) && !use_mkclean &&
+	    pages > LMTRACK_SINGLE_PAGES) {
+		pages_protect(mapping, first, from, to, again);
+		return;
+	}
+	for (bit = from; bit < to; bit = find_next_bit(present, to, bit + 1))
+		folio_mkclean(folios[bit]);
+}
+
+/*
  * Where a page in the gap between two runs is dirty, it is to stay so, and writable: joining
  * the runs would make its next write fault, for nothing.
  */
@@ -496,28 +524,23 @@ static void batch_protect(struct address_space *mapping, pgoff_t first,
 			  const unsigned long *present, const unsigned long *dirty,
 			  struct folio **folios, unsigned int join, unsigned long *again)
 {
-	unsigned int from = 0, to = 0, run, run_end, bit;
+	unsigned int from = 0, to = 0, pages = 0, run, run_end;
 
-	/*
-	 * Whether there is a mapping at all is for the walks to see: they hold i_mmap_rwsem. A
-	 * mapping that is being resized is not in the tree for a moment.
-	 */
-	if (use_mkclean || !IS_ENABLED(CONFIG_MAPPING_DIRTY_HELPERS)) {
-		for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES)
-			folio_mkclean(folios[bit]);
-		return;
-	}
 	for_each_set_bitrange(run, run_end, present, LMTRACK_CHUNK_PAGES) {
-		if (to && (run - to > join || find_next_bit(dirty, run, to) < run)) {
-			pages_protect(mapping, first, from, to, again);
+		unsigned int smaller = min3(pages, run_end - run, LMTRACK_SINGLE_PAGES);
+
+		if (to && (run - to > join * smaller || find_next_bit(dirty, run, to) < run)) {
+			span_protect(mapping, first, present, folios, from, to, pages, again);
 			from = run;
+			pages = 0;
 		} else if (!to) {
 			from = run;
 		}
 		to = run_end;
+		pages += run_end - run;
 	}
 	if (to)
-		pages_protect(mapping, first, from, to, again);
+		span_protect(mapping, first, present, folios, from, to, pages, again);
 }
 
 /*
