@@ -56,11 +56,12 @@ int main(int argc, char **argv)
 	};
 	struct worker ours = {
 		.method = &method_lmtrack, .regions = 1,
-		.bytes = (bench_quick() ? 32 : 128) * MIB, .populate = everything,
+		.populate = everything,
 	};
 
 	kvm = argc > 1 && !strcmp(argv[1], "kvm");
 	ours.guest = kvm;
+	ours.bytes = (kvm ? 8 : 32) * (bench_quick() ? 1 : 4) * MIB;
 	worker_track(&ours);
 	for (size_t p = 0; p < 3; p++) {
 		struct worker theirs = ours;

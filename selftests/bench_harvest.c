@@ -165,7 +165,7 @@ int main(int argc, char **argv)
 	uint64_t bytes = (bench_quick() ? 256 : 1024) * MIB;
 
 	kvm = argc > 1 && !strcmp(argv[1], "kvm");
-	densities(kvm ? bytes / 4 : bytes);
+	densities(kvm ? bytes / 8 : bytes);
 	if (!kvm)
 		growth(bytes);
 	return 0;

@@ -96,6 +96,6 @@ static void compare(const struct method *peer, uint64_t bytes)
 int main(int argc, char **argv)
 {
 	kvm = argc > 1 && !strcmp(argv[1], "kvm");
-	compare(kvm ? &method_kvm : &method_wp, (bench_quick() ? 64 : 256) * MIB);
+	compare(kvm ? &method_kvm : &method_wp, (kvm ? 32 : 64) * (bench_quick() ? 1 : 4) * MIB);
 	return 0;
 }
