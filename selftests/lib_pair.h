@@ -162,7 +162,7 @@ struct side {
 	enum kmig_tracker_kind tracker;
 	enum kmig_transport transport;
 	uint64_t rdma_window_bytes;
-	uint32_t downtime_ms, max_rounds, timeout_ms;
+	uint32_t downtime_ms, max_rounds, timeout_ms, probe_ms;
 	enum kmig_timeout_action on_timeout;
 	bool no_stun;
 	uint64_t max_time_ms;
@@ -423,6 +423,7 @@ static inline int source_main(struct side *side)
 	if (side->channel_wait_ms)
 		opts.channel_wait_ms = side->channel_wait_ms;
 	opts.max_bandwidth = side->max_bandwidth;
+	opts.probe_ms = side->probe_ms;
 	if (side->marked) {
 		opts.dscp = side->dscp;
 		opts.priority = side->priority;
