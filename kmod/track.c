@@ -253,18 +253,19 @@ static void flip_goal(struct lmtrack_region *region, bool tracking)
 	spin_unlock(&region->mms_lock);
 }
 
-/* Make all mappings follow. Mappings left behind in state idle cost a little and lose nothing. */
-static int flip(struct lmtrack_region *region, bool killable)
+/*
+ * Make all mappings follow. Mappings left behind in state idle cost a little and lose nothing.
+ * A worker, whom nobody can kill, waits in the same way: for as long as somebody holds his own
+ * mmap_lock, which is not a hung task of ours.
+ */
+static int flip(struct lmtrack_region *region)
 {
 	struct mm_struct *mm;
 	int ret = 0;
 
 	lockdep_assert_held(&region->flip_lock);
 	while (!ret && (mm = flip_next(region))) {
-		if (!killable)
-			mmap_write_lock(mm);
-		else
-			ret = mmap_write_lock_killable(mm);
+		ret = mmap_write_lock_killable(mm);
 		if (!ret) {
 			flip_mm(region, mm);
 			mmap_write_unlock(mm);
@@ -279,9 +280,10 @@ void lmtrack_track_flip_work(struct work_struct *work)
 {
 	struct lmtrack_region *region = container_of(work, struct lmtrack_region, flip_work);
 
-	mutex_lock(&region->flip_lock);
-	flip(region, false);
-	mutex_unlock(&region->flip_lock);
+	if (!mutex_lock_killable(&region->flip_lock)) {
+		flip(region);
+		mutex_unlock(&region->flip_lock);
+	}
 	lmtrack_region_put(region);
 }
 
@@ -859,7 +861,7 @@ long lmtrack_track_start(struct file *file, void *arg)
 	if (ret)
 		goto out;
 
-	ret = flip(region, true);
+	ret = flip(region);
 	if (!ret)
 		ret = pinned_count(region, &start->pinned);
 	if (!ret && start->pinned && !(start->flags & LMTRACK_TRACK_ALLOW_PINNED))
@@ -871,7 +873,7 @@ long lmtrack_track_start(struct file *file, void *arg)
 	else
 		WRITE_ONCE(region->state, LMTRACK_TRACKED);
 	mutex_unlock(&region->harvest_lock);
-	if (ret && flip(region, true))
+	if (ret && flip(region))
 		flip_later(region);
 out:
 	mutex_unlock(&region->flip_lock);
@@ -908,7 +910,7 @@ long lmtrack_track_stop(struct file *file, void *arg)
 	if (!ret)
 		track_idle(region);
 	mutex_unlock(&region->harvest_lock);
-	if (!ret && flip(region, true))
+	if (!ret && flip(region))
 		flip_later(region);
 	mutex_unlock(&region->flip_lock);
 	return ret;
