@@ -429,21 +429,25 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
 
 /*
  * Lock the dirty pages of one word, in ascending order, and clear their bits; clear those of
- * pages that do not exist. Stops at a page whose lock is taken. The i_pages lock keeps the
- * folios where they are until their own lock does: no reference is needed till then. An
- * xarray node has as many slots as the word has bits: one descent finds them all.
+ * pages that do not exist. Stops at a page whose lock somebody else has; @ours is locked already.
+ * The i_pages lock keeps the folios where they are until their own lock does: no reference is
+ * needed till then. An xarray node has as many slots as the word has bits: one descent finds them
+ * all.
  *
- * Return: the bits cleared; *present: those whose pages exist and are in @folios.
+ * Return: the bits cleared; *present: those whose pages exist and are in @folios; *busy: the bit
+ * at which it stopped, or BITS_PER_LONG.
  */
 static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t first,
 				     unsigned long *word, unsigned long want,
-				     struct folio **folios, unsigned long *present)
+				     const struct folio *ours, struct folio **folios,
+				     unsigned long *present, unsigned int *busy)
 {
 	unsigned long dirty = READ_ONCE(*word) & want;
 	struct folio *folio;
 	XA_STATE(xas, &mapping->i_pages, first);
 
 	*present = 0;
+	*busy = BITS_PER_LONG;
 	if (!dirty)
 		return 0;
 	xas_set(&xas, first + __ffs(dirty));
@@ -453,8 +457,9 @@ static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t firs
 
 		if (!(dirty & BIT(bit)))
 			continue;
-		if (!folio_trylock(folio)) {
+		if (folio != ours && !folio_trylock(folio)) {
 			dirty &= BIT(bit) - 1;
+			*busy = bit;
 			break;
 		}
 		folios[bit] = folio;
@@ -572,40 +577,41 @@ static bool folio_held(struct folio *folio)
 }
 
 /*
- * One batch: as many of the wanted dirty pages as can be locked without waiting for one while
- * others are held, bar the first. @folios gets the pages; where the caller keeps them they
- * stay referenced.
+ * One batch: the wanted dirty pages from *@from on, up to the first that cannot be locked without
+ * waiting for it while others are held. @ours is the page at *@from, locked already, or NULL.
+ * @folios gets the pages; where the caller keeps them they stay referenced.
  *
- * Return: pages that stay dirty because they are held. *blocked: the page at which the batch
- * ended, or LMTRACK_CHUNK_PAGES.
+ * Return: pages that stay dirty because they are held. *@from: the page at which the batch ended,
+ * or LMTRACK_CHUNK_PAGES.
  */
 static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
 				  unsigned long index, const unsigned long *want,
 				  unsigned long *taken, struct folio **folios, bool keep,
-				  unsigned int join, unsigned int *blocked)
+				  unsigned int join, const struct folio *ours,
+				  unsigned int *from)
 {
 	struct address_space *mapping = region->inode->i_mapping;
 	pgoff_t first = index * LMTRACK_CHUNK_PAGES;
 	DECLARE_BITMAP(present, LMTRACK_CHUNK_PAGES);
 	DECLARE_BITMAP(again, LMTRACK_CHUNK_PAGES);
-	unsigned int word, bit, held = 0;
+	unsigned int word = *from / BITS_PER_LONG, busy, bit, held = 0;
+	unsigned long mask = ~0UL << (*from % BITS_PER_LONG);
 
 	bitmap_zero(present, LMTRACK_CHUNK_PAGES);
 	bitmap_zero(again, LMTRACK_CHUNK_PAGES);
-	*blocked = LMTRACK_CHUNK_PAGES;
-	for (word = 0; word < ARRAY_SIZE(chunk->dirty); word++) {
+	*from = LMTRACK_CHUNK_PAGES;
+	for (; word < ARRAY_SIZE(chunk->dirty); word++, mask = ~0UL) {
 		unsigned int base = word * BITS_PER_LONG;
-		unsigned long cleared, holes, left;
+		unsigned long cleared, holes;
 
 		cleared = word_lock_clear(mapping, first + base, &chunk->dirty[word],
-					  want[word] & ~taken[word], folios + base,
-					  &present[word]);
+					  want[word] & mask, ours, folios + base, &present[word],
+					  &busy);
 		taken[word] |= cleared;
 		for (holes = cleared & ~present[word]; holes; holes &= holes - 1)
 			folios[base + __ffs(holes)] = NULL;
-		left = READ_ONCE(chunk->dirty[word]) & want[word] & ~taken[word];
-		if (left) {
-			*blocked = base + __ffs(left);
+		if (busy < BITS_PER_LONG) {
+			*from = base + busy;
 			break;
 		}
 	}
@@ -633,15 +639,26 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 	return held;
 }
 
-/* Whoever holds the lock is about to map the page, to move it or to punch it out. */
-static void page_wait(struct address_space *mapping, pgoff_t page)
+/*
+ * Whoever holds the lock is about to map the page, to move it or to punch it out. We queue for it:
+ * who only waited until it is free would find it taken again for as long as threads fault there.
+ *
+ * Return: the page, locked, and by that kept in the file without a reference; NULL: it is gone.
+ */
+static struct folio *page_lock(struct address_space *mapping, pgoff_t page)
 {
 	struct folio *folio = lmtrack_get_folio(mapping, page);
 
 	if (!folio)
-		return;
-	folio_wait_locked(folio);
+		return NULL;
+	folio_lock(folio);
+	if (folio->mapping != mapping) {
+		folio_unlock(folio);
+		folio_put(folio);
+		return NULL;
+	}
 	folio_put(folio);
+	return folio;
 }
 
 /*
@@ -657,7 +674,8 @@ static unsigned int chunk_harvest(struct lmtrack_region *region, struct lmtrack_
 				  unsigned long *taken, struct folio **folios, bool keep)
 {
 	unsigned int join = mm_any_notifier(region) ? 0 : LMTRACK_JOIN_PAGES;
-	unsigned int blocked, pages, repinned = 0;
+	unsigned int from = 0, pages, repinned = 0;
+	struct folio *ours = NULL;
 
 	lockdep_assert_held(&region->harvest_lock);
 	bitmap_zero(taken, LMTRACK_CHUNK_PAGES);
@@ -666,10 +684,10 @@ static unsigned int chunk_harvest(struct lmtrack_region *region, struct lmtrack_
 	chunk_unqueue(region, chunk, index);
 	for (;;) {
 		repinned += harvest_batch(region, chunk, index, want, taken, folios, keep, join,
-					  &blocked);
-		if (blocked == LMTRACK_CHUNK_PAGES)
+					  ours, &from);
+		if (from == LMTRACK_CHUNK_PAGES)
 			break;
-		page_wait(region->inode->i_mapping, index * LMTRACK_CHUNK_PAGES + blocked);
+		ours = page_lock(region->inode->i_mapping, index * LMTRACK_CHUNK_PAGES + from);
 	}
 	if (!bitmap_empty(chunk->dirty, LMTRACK_CHUNK_PAGES))
 		lmtrack_chunk_queue(region, chunk, index);
