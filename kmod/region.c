@@ -564,7 +564,7 @@ static struct lmtrack_region *region_alloc(const struct lmtrack_region_create *c
 	region->pages = create->region_size >> PAGE_SHIFT;
 	region->node = create->node;
 	strscpy(region->name, create->name, sizeof(region->name));
-	xa_init(&region->chunks);
+	xa_init_flags(&region->chunks, XA_FLAGS_ACCOUNT);
 	mutex_init(&region->flip_lock);
 	spin_lock_init(&region->mms_lock);
 	INIT_LIST_HEAD(&region->mms);

@@ -47,11 +47,13 @@
 #include <linux/file.h>
 #include <linux/highmem.h>
 #include <linux/kthread.h>
+#include <linux/memcontrol.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/nospec.h>
 #include <linux/pagemap.h>
 #include <linux/poll.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/topology.h>
@@ -93,6 +95,7 @@ struct lmtrack_flight {
  * @lock:	set-up, the beginning of rounds, the end of channels
  * @id:		in the frames
  * @zero_detect: look for pages of zeroes
+ * @memcg:	of who made it: what the threads allocate is charged to it
  * @regions:	by index in the frames; a file reference each
  * @region_count: of them
  * @flights:	struct lmtrack_flight by region and chunk
@@ -125,6 +128,7 @@ struct lmtrack_stream {
 	struct mutex lock;		/* set-up, beginning of rounds */
 	u64 id;
 	bool zero_detect;
+	struct mem_cgroup *memcg;
 	struct file *regions[LMTRACK_REGIONS_MAX];
 	unsigned int region_count;
 	struct xarray flights[LMTRACK_REGIONS_MAX];
@@ -686,6 +690,7 @@ static int channel_thread(void *data)
 	struct lmtrack_stream *stream = channel->stream;
 	u32 round;
 
+	set_active_memcg(stream->memcg);
 	for (;;) {
 		wait_event_idle(stream->work,
 				kthread_should_stop() ||
@@ -693,10 +698,12 @@ static int channel_thread(void *data)
 		/* Pairs with the release in SEND: regions, channels and the round are there. */
 		round = smp_load_acquire(&stream->round);
 		if (round == channel->round_done)
-			return 0;
+			break;
 		channel->round_done = round;
 		channel_work(channel);
 	}
+	set_active_memcg(NULL);
+	return 0;
 }
 
 /* ---- Set-up ---- */
@@ -1337,6 +1344,7 @@ static void stream_free(struct lmtrack_stream *stream)
 			kfree(flight);
 		xa_destroy(&stream->flights[i]);
 	}
+	mem_cgroup_put(stream->memcg);
 	kfree(stream);
 }
 
@@ -1385,7 +1393,7 @@ long lmtrack_stream_create(struct file *file, void *arg)
 	mutex_init(&stream->lock);
 	mutex_init(&stream->channels_lock);
 	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
-		xa_init(&stream->flights[i]);
+		xa_init_flags(&stream->flights[i], XA_FLAGS_ACCOUNT);
 	spin_lock_init(&stream->end_lock);
 	init_waitqueue_head(&stream->work);
 	init_waitqueue_head(&stream->end);
@@ -1394,8 +1402,9 @@ long lmtrack_stream_create(struct file *file, void *arg)
 	stream->zero_detect = !(create->flags & LMTRACK_STREAM_NO_ZERO_DETECT);
 	stream->error_channel = -1;
 	stream->width = LMTRACK_CHANNELS_MAX;
+	stream->memcg = get_mem_cgroup_from_mm(current->mm);
 	fd = anon_inode_getfd("lmtrack-stream", &stream_fops, stream, O_RDWR | O_CLOEXEC);
 	if (fd < 0)
-		kfree(stream);
+		stream_free(stream);
 	return fd;
 }

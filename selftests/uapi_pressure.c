@@ -193,39 +193,85 @@ TEST_F_TIMEOUT(pressure, processor_goes_and_comes, 600)
 
 /* ---- Memory that is used up ---- */
 
+/* A memory cgroup of the test's own, @dir; -errno where there can be none. */
+struct cgroup {
+	char root[32];
+	char dir[64];
+};
+
+static int cgroup_file(const struct cgroup *group, const char *name, const char *text)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "%s/%s", group->dir, name);
+	return file_write(path, text);
+}
+
+static void cgroup_end(struct cgroup *group)
+{
+	EVENTUALLY(10, !rmdir(group->dir));
+	umount2(group->root, MNT_DETACH);
+	rmdir(group->root);
+}
+
+static int cgroup_begin(struct cgroup *group, const char *name)
+{
+	char control[64];
+	int ret;
+
+	strcpy(group->root, "/tmp/lmtrack-cgroup-XXXXXX");
+	if (!mkdtemp(group->root) || mount("none", group->root, "cgroup2", 0, NULL))
+		return -errno;
+	snprintf(group->dir, sizeof(group->dir), "%s/%s", group->root, name);
+	snprintf(control, sizeof(control), "%s/cgroup.subtree_control", group->root);
+	ret = file_write(control, "+memory");
+	ret = ret ?: E(mkdir(group->dir, 0755));
+	ret = ret ?: cgroup_file(group, "memory.max", "max");
+	if (ret)
+		cgroup_end(group);
+	return ret;
+}
+
+/* A line of memory.stat. */
+static long cgroup_stat(const struct cgroup *group, const char *name)
+{
+	char path[128], line[128];
+	long value = -1;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "%s/memory.stat", group->dir);
+	file = fopen(path, "re");
+	while (file && value < 0 && fgets(line, sizeof(line), file))
+		if (!strncmp(line, name, strlen(name)) && line[strlen(name)] == ' ')
+			value = atol(line + strlen(name));
+	if (file)
+		fclose(file);
+	return value;
+}
+
 /*
  * The limit of a memory cgroup is hit within a fault: who touches the page is killed, and nobody
  * else. selftests/run knows the cgroup's name: the kernel's report is wanted.
  */
 TEST_F_TIMEOUT(pressure, cgroup_out_of_memory, TEST_SECONDS)
 {
-	char root[] = "/tmp/lmtrack-cgroup-XXXXXX", path[96];
+	struct cgroup group;
 	uint64_t resident;
 	pid_t pid;
 	int ret;
 
-	ASSERT_NE(NULL, mkdtemp(root));
-	ASSERT_EQ(0, mount("none", root, "cgroup2", 0, NULL));
-	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", root);
-	ret = file_write(path, "+memory");
-	snprintf(path, sizeof(path), "%s/lmtrack-oom", root);
-	ret = ret ?: E(mkdir(path, 0755));
-	snprintf(path, sizeof(path), "%s/lmtrack-oom/memory.max", root);
-	ret = ret ?: file_write(path, "8388608");
-	if (ret) {
-		umount2(root, MNT_DETACH);
-		rmdir(root);
+	ret = cgroup_begin(&group, "lmtrack-oom");
+	if (ret)
 		SKIP(return, "no memory controller in cgroup v2: %s", strerror(-ret));
-	}
+	ASSERT_EQ(0, cgroup_file(&group, "memory.max", "8388608"));
 	touch(self->mem, 0, 16, 1);
 
-	snprintf(path, sizeof(path), "%s/lmtrack-oom/cgroup.procs", root);
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		int fd = lmt_reopen(self->fd);
 
-		if (file_write(path, "0") || lmt_start(fd, 0, NULL))
+		if (cgroup_file(&group, "cgroup.procs", "0") || lmt_start(fd, 0, NULL))
 			_exit(1);
 		touch(self->mem, 16, PAGES - 16, 2);
 		_exit(0);
@@ -247,10 +293,68 @@ TEST_F_TIMEOUT(pressure, cgroup_out_of_memory, TEST_SECONDS)
 	EXPECT_EQ((long)PAGES, lmt_dirty(self->fd, LMTRACK_DIRTY_CLEAR, 0, PAGES, self->bitmap));
 	EXPECT_EQ(PAGES, lmt_stats(self->fd).resident_pages);
 
-	snprintf(path, sizeof(path), "%s/lmtrack-oom", root);
-	EXPECT_TRUE(EVENTUALLY(10, !rmdir(path)));
-	EXPECT_EQ(0, umount2(root, MNT_DETACH));
-	EXPECT_EQ(0, rmdir(root));
+	cgroup_end(&group);
+	EXPECT_NE(0, access(group.root, F_OK));
+}
+
+/*
+ * What a stream keeps of each chunk is made by its threads, and charged to who made the stream: with
+ * a large region, or many, it could use up the host's memory otherwise.
+ */
+#define CHUNKS		2048UL
+#define CHUNK_BYTES	(LMTRACK_CHUNK_PAGES * PAGE)
+#define CHUNK_NOTE	64L		/* at least the bitmap of its pages */
+
+TEST_F_TIMEOUT(pressure, stream_is_charged, TEST_SECONDS)
+{
+	struct sink sink = { };
+	struct cgroup group;
+	int pair[2], stream, fd, ret;
+	long before, after;
+	char *mem;
+
+	ret = cgroup_begin(&group, "lmtrack-charge");
+	if (ret)
+		SKIP(return, "no memory controller in cgroup v2: %s", strerror(-ret));
+	ASSERT_EQ(0, tcp_pair(pair));
+	sink.fd = pair[1];
+	sink.copy = mmap(NULL, CHUNKS * CHUNK_BYTES, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	ASSERT_NE(MAP_FAILED, (void *)sink.copy);
+	ASSERT_EQ(0, pthread_create(&sink.thread, NULL, sink_run, &sink));
+
+	/* All its threads, of whom the other one makes no streams. */
+	ASSERT_EQ(0, cgroup_file(&group, "cgroup.procs", "0"));
+	fd = lmt_region(CHUNKS * CHUNK_BYTES);
+	ASSERT_LE(0, fd);
+	mem = lmt_map(fd, CHUNKS * CHUNK_BYTES);
+	ASSERT_NE(MAP_FAILED, (void *)mem);
+	for (unsigned long chunk = 0; chunk < CHUNKS; chunk++)
+		mem[chunk * CHUNK_BYTES] = 1;
+	ASSERT_EQ(0, lmt_start(fd, 0, NULL));
+	stream = stream_open(1, 0);
+	ASSERT_LE(0, stream);
+	ASSERT_EQ(0, stream_add_region(stream, fd, 0));
+	ASSERT_EQ(0, stream_add_channel(stream, pair[0], 0));
+	before = cgroup_stat(&group, "slab");
+	ASSERT_LT(0, before);
+	ASSERT_EQ(0, stream_send(stream, 1, LMTRACK_SEND_ALL));
+	ASSERT_EQ(0, round_error(stream));
+	after = cgroup_stat(&group, "slab");
+	TH_LOG("%ld bytes before the round, %ld after it", before, after);
+	EXPECT_LT(before + (long)CHUNKS * CHUNK_NOTE, after);
+
+	close(stream);
+	close(pair[0]);
+	close(pair[1]);
+	pthread_join(sink.thread, NULL);
+	munmap(sink.copy, CHUNKS * CHUNK_BYTES);
+	munmap(mem, CHUNKS * CHUNK_BYTES);
+	close(fd);
+	snprintf(group.dir, sizeof(group.dir), "%s", group.root);
+	ASSERT_EQ(0, cgroup_file(&group, "cgroup.procs", "0"));
+	snprintf(group.dir, sizeof(group.dir), "%s/lmtrack-charge", group.root);
+	cgroup_end(&group);
 }
 
 /* ---- Memory that breaks ---- */
