@@ -15,8 +15,10 @@
 #include <linux/bvec.h>
 #include <linux/net.h>
 #include <linux/sched.h>
+#include <linux/slab.h>
 #include <linux/socket.h>
 #include <linux/tcp.h>
+#include <linux/uaccess.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
 #include <net/inet_connection_sock.h>
@@ -108,16 +110,25 @@ static int tcp_send_bytes(struct lmtrack_channel *channel, void *base, size_t by
 	return tcp_send_message(channel, &msg);
 }
 
-/* For what sits above TCP: plain buffers, or TLS would keep the pages and encrypt them later. */
+/*
+ * For what sits above TCP: plain buffers, or TLS would keep the pages and encrypt them later. And
+ * copies, made so that a memory error that nobody knew of yet ends the channel, not the host.
+ */
 static int tcp_copy_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
 			  unsigned int pages, int flags)
 {
+	void *copy = kmalloc(PAGE_SIZE, GFP_KERNEL_ACCOUNT);
 	unsigned int i;
-	int ret = 0;
+	int ret = copy ? 0 : -ENOMEM;
 
-	for (i = 0; !ret && i < pages; i++)
-		ret = tcp_send_bytes(channel, page_address(bvec[i].bv_page), PAGE_SIZE,
-				     flags | (i + 1 < pages ? MSG_MORE : 0));
+	for (i = 0; !ret && i < pages; i++) {
+		if (copy_mc_to_kernel(copy, page_address(bvec[i].bv_page), PAGE_SIZE))
+			ret = -EHWPOISON;
+		else
+			ret = tcp_send_bytes(channel, copy, PAGE_SIZE,
+					     flags | (i + 1 < pages ? MSG_MORE : 0));
+	}
+	kfree(copy);
 	return ret;
 }
 
