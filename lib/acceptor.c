@@ -13,6 +13,7 @@
 
 #define PATIENCE_MS 5000
 #define LOOK_AROUND_MS 250
+#define SHUT_MS 100
 
 void kmig_acceptor_init(struct kmig_acceptor *acceptor, struct kmig_ctx *ctx, const int *listen_fds,
 			unsigned int listens, int abort_fd, uint32_t timeout_ms, uint32_t page_size, const void *secret, size_t secret_len)
@@ -59,14 +60,35 @@ static struct kmig_guest *free_slot(struct kmig_acceptor *acceptor)
 	return oldest;
 }
 
+/*
+ * Who knocks goes on to do so, and poll() to say so at once: the door is not looked at for a while. The
+ * reason is told once, though it may last.
+ */
+static void stay_shut(struct kmig_acceptor *acceptor, int error)
+{
+	acceptor->shut_until_ns = kmig_now_ns() + kmig_ms(SHUT_MS);
+	if (!acceptor->told_shut)
+		kmig_log(acceptor->ctx, KMIG_LOG_WARNING, "no connection can be taken in for now: %s", strerror(error));
+	acceptor->told_shut = true;
+}
+
+static bool is_shut(const struct kmig_acceptor *acceptor)
+{
+	return kmig_now_ns() < acceptor->shut_until_ns;
+}
+
 static void let_in_from(struct kmig_acceptor *acceptor, int listen_fd)
 {
-	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++) {
+	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS && !is_shut(acceptor); i++) {
 		int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 		struct kmig_guest *guest;
 
-		if (fd < 0)
+		if (fd < 0) {
+			if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
+				stay_shut(acceptor, errno);
 			return;
+		}
+		acceptor->told_shut = false;
 		guest = free_slot(acceptor);
 		*guest = (struct kmig_guest){ .fd = fd, .since_ns = kmig_now_ns() };
 	}
@@ -218,8 +240,10 @@ static bool source_step(struct kmig_acceptor *acceptor, struct kmig_guest *guest
 
 void kmig_acceptor_fds(const struct kmig_acceptor *acceptor, struct pollfd *fds)
 {
+	unsigned int listens = is_shut(acceptor) ? 0 : acceptor->listens;
+
 	for (unsigned int i = 0; i < KMIG_LISTEN_MAX; i++)
-		fds[i] = (struct pollfd){ .fd = i < acceptor->listens ? acceptor->listen_fds[i] : -1, .events = POLLIN };
+		fds[i] = (struct pollfd){ .fd = i < listens ? acceptor->listen_fds[i] : -1, .events = POLLIN };
 	for (int i = 0; i < KMIG_ACCEPTOR_SLOTS; i++)
 		fds[KMIG_LISTEN_MAX + i] = (struct pollfd){ .fd = acceptor->guests[i].fd, .events = POLLIN };
 }

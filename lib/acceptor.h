@@ -30,6 +30,8 @@ struct kmig_acceptor {
 	uint32_t page_size;
 	const void *secret;
 	size_t secret_len;
+	uint64_t shut_until_ns;		/* nobody can be taken in for want of descriptors or memory */
+	bool told_shut;
 	struct kmig_guest guests[KMIG_ACCEPTOR_SLOTS];
 };
 

@@ -4,6 +4,8 @@
  * Who is let in: strangers of all kinds at a real destination engine, after each of whom the
  * real source must still be served; and impostors at a real source.
  */
+#include <sys/resource.h>
+
 #include "kselftest_harness.h"
 #include "lib_fake.h"
 #include "lib_peer.h"
@@ -224,6 +226,51 @@ TEST_F(door, silence_ends)
 	victim_end(&quick);
 	kmig_destination_abort(self->victim.destination);
 	EXPECT_EQ(-ECANCELED, victim_join(&self->victim));
+}
+
+/* Processor time of the destination's thread, in seconds. */
+static double victim_seconds(const struct victim *victim)
+{
+	struct timespec used;
+	clockid_t clock;
+
+	pthread_getcpuclockid(victim->thread, &clock);
+	clock_gettime(clock, &used);
+	return used.tv_sec + used.tv_nsec * 1e-9;
+}
+
+/*
+ * The process has no descriptor left. Who knocks waits meanwhile, the destination does not go round
+ * and round, and says once what is wanting.
+ */
+TEST_F(door, no_descriptor_left)
+{
+	struct rlimit before, few;
+	int taken[256], count = 0, stranger;
+	double used;
+
+	stranger = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	ASSERT_EQ(0, getrlimit(RLIMIT_NOFILE, &before));
+	few = before;
+	few.rlim_cur = 256;
+	ASSERT_EQ(0, setrlimit(RLIMIT_NOFILE, &few));
+	while ((taken[count] = dup(stranger)) >= 0)
+		count++;
+	EXPECT_EQ(EMFILE, errno);
+	EXPECT_EQ(0, connect(stranger, (struct sockaddr *)&(struct sockaddr_in){
+		.sin_family = AF_INET, .sin_port = htons(self->victim.port),
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK) }, sizeof(struct sockaddr_in)));
+	used = victim_seconds(&self->victim);
+	usleep(1000000);
+	used = victim_seconds(&self->victim) - used;
+	EXPECT_GT(0.1, used) TH_LOG("%.3f s", used);
+	EXPECT_EQ(0, strcmp(self->victim.warning, "no connection can be taken in for now: Too many open files"))
+		TH_LOG("%s", self->victim.warning);
+	while (count)
+		close(taken[--count]);
+	setrlimit(RLIMIT_NOFILE, &before);
+	EXPECT_SOURCE_SERVED();
+	close(stranger);
 }
 
 /* Data channels: those who do not have the session's key are turned away, and the real ones come. */
