@@ -428,7 +428,7 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
 }
 
 /*
- * Lock the dirty pages of one word, in ascending order, and clear their bits; clear those of
+ * Lock the @dirty pages of one word, in ascending order, and clear their bits; clear those of
  * pages that do not exist. Stops at a page whose lock somebody else has; @ours is locked already.
  * The i_pages lock keeps the folios where they are until their own lock does: no reference is
  * needed till then. An xarray node has as many slots as the word has bits: one descent finds them
@@ -438,21 +438,18 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
  * at which it stopped, or BITS_PER_LONG.
  */
 static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t first,
-				     unsigned long *word, unsigned long want,
+				     unsigned long *word, unsigned long dirty,
 				     const struct folio *ours, struct folio **folios,
 				     unsigned long *present, unsigned int *busy)
 {
-	unsigned long dirty = READ_ONCE(*word) & want;
+	XA_STATE(xas, &mapping->i_pages, first + __ffs(dirty));
+	unsigned int last = __fls(dirty);
+	unsigned long there = 0;
 	struct folio *folio;
-	XA_STATE(xas, &mapping->i_pages, first);
 
-	*present = 0;
 	*busy = BITS_PER_LONG;
-	if (!dirty)
-		return 0;
-	xas_set(&xas, first + __ffs(dirty));
 	xas_lock_irq(&xas);
-	xas_for_each(&xas, folio, first + __fls(dirty)) {
+	xas_for_each(&xas, folio, first + last) {
 		unsigned int bit = xas.xa_index - first;
 
 		if (!(dirty & BIT(bit)))
@@ -463,10 +460,14 @@ static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t firs
 			break;
 		}
 		folios[bit] = folio;
-		*present |= BIT(bit);
+		there |= BIT(bit);
+		/* Else the next step looks whether there is one. */
+		if (bit == last)
+			break;
 	}
 	atomic_long_andnot(dirty, (atomic_long_t *)word);
 	xas_unlock_irq(&xas);
+	*present = there;
 	return dirty;
 }
 
@@ -576,6 +577,29 @@ static bool folio_held(struct folio *folio)
 	return refs > 1 + mappings + !listed;
 }
 
+/* Unlock the @present pages of one word; those that are held go into *@again, and are counted. */
+static unsigned int word_unlock(unsigned long present, struct folio **folios, bool keep,
+				unsigned long *again)
+{
+	unsigned int held = 0;
+
+	for (; present; present &= present - 1) {
+		unsigned int bit = __ffs(present);
+		struct folio *folio = folios[bit];
+
+		if (unlikely(folio_held(folio))) {
+			*again |= BIT(bit);
+			held++;
+		}
+		/* Who waits for the lock may remove the page before unlock has woken it. */
+		folio_get(folio);
+		folio_unlock(folio);
+		if (!keep)
+			folio_put(folio);
+	}
+	return held;
+}
+
 /*
  * One batch: the wanted dirty pages from *@from on, up to the first that cannot be locked without
  * waiting for it while others are held. @ours is the page at *@from, locked already, or NULL.
@@ -594,19 +618,21 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 	pgoff_t first = index * LMTRACK_CHUNK_PAGES;
 	DECLARE_BITMAP(present, LMTRACK_CHUNK_PAGES);
 	DECLARE_BITMAP(again, LMTRACK_CHUNK_PAGES);
-	unsigned int word = *from / BITS_PER_LONG, busy, bit, held = 0;
-	unsigned long mask = ~0UL << (*from % BITS_PER_LONG);
+	unsigned int word = *from / BITS_PER_LONG, busy, held = 0;
+	unsigned long mask = ~0UL << (*from % BITS_PER_LONG), marks = 0;
 
 	bitmap_zero(present, LMTRACK_CHUNK_PAGES);
 	bitmap_zero(again, LMTRACK_CHUNK_PAGES);
 	*from = LMTRACK_CHUNK_PAGES;
 	for (; word < ARRAY_SIZE(chunk->dirty); word++, mask = ~0UL) {
+		unsigned long dirty = READ_ONCE(chunk->dirty[word]) & want[word] & mask;
 		unsigned int base = word * BITS_PER_LONG;
 		unsigned long cleared, holes;
 
-		cleared = word_lock_clear(mapping, first + base, &chunk->dirty[word],
-					  want[word] & mask, ours, folios + base, &present[word],
-					  &busy);
+		if (!dirty)
+			continue;
+		cleared = word_lock_clear(mapping, first + base, &chunk->dirty[word], dirty, ours,
+					  folios + base, &present[word], &busy);
 		taken[word] |= cleared;
 		for (holes = cleared & ~present[word]; holes; holes &= holes - 1)
 			folios[base + __ffs(holes)] = NULL;
@@ -619,23 +645,14 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 	batch_protect(mapping, first, present, chunk->dirty, folios, join, again);
 	/* Pairs with GUP-fast, which takes its reference before it looks at the entry again. */
 	smp_mb();
-	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
-		if (unlikely(folio_held(folios[bit]))) {
-			__set_bit(bit, again);
-			held++;
-		}
+	for (word = 0; word < ARRAY_SIZE(present); word++) {
+		held += word_unlock(present[word], folios + word * BITS_PER_LONG, keep,
+				    &again[word]);
+		marks |= again[word];
 	}
-	if (!bitmap_empty(again, LMTRACK_CHUNK_PAGES))
+	/* Only now: nobody but a harvest asks for these bits. */
+	if (marks)
 		chunk_mark(region, chunk, index, again);
-	for_each_set_bit(bit, present, LMTRACK_CHUNK_PAGES) {
-		struct folio *folio = folios[bit];
-
-		/* Who waits for the lock may remove the page before unlock has woken it. */
-		folio_get(folio);
-		folio_unlock(folio);
-		if (!keep)
-			folio_put(folio);
-	}
 	return held;
 }
 
@@ -948,8 +965,9 @@ void lmtrack_track_release(struct lmtrack_region *region, const struct file *fil
 		flip_later(region);
 }
 
-static void chunk_peek(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
-		       unsigned long index, const unsigned long *want, unsigned long *found)
+/* What a harvest would take of the pages wanted. */
+static unsigned int chunk_peek(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
+			       unsigned long index, const unsigned long *want, unsigned long *found)
 {
 	unsigned int word;
 
@@ -960,6 +978,7 @@ static void chunk_peek(struct lmtrack_region *region, struct lmtrack_chunk *chun
 		chunk_resident(region, index, found);
 	for (word = 0; word < ARRAY_SIZE(chunk->dirty); word++)
 		found[word] = (found[word] | READ_ONCE(chunk->dirty[word])) & want[word];
+	return bitmap_weight(found, LMTRACK_CHUNK_PAGES);
 }
 
 /* Set the chunk's bits in the caller's bitmap, whose first word is that of page @first. */
@@ -991,6 +1010,7 @@ static int dirty_get_chunk(struct lmtrack_region *region, struct file *file,
 	bool clear = get->flags & LMTRACK_DIRTY_CLEAR;
 	DECLARE_BITMAP(want, LMTRACK_CHUNK_PAGES);
 	DECLARE_BITMAP(found, LMTRACK_CHUNK_PAGES);
+	unsigned int pages = 0;
 	int ret;
 
 	chunk_clip(want, index, get->first, get->first + get->pages - 1);
@@ -998,16 +1018,16 @@ static int dirty_get_chunk(struct lmtrack_region *region, struct file *file,
 		return -EINTR;
 	ret = lmtrack_track_check(region, file);
 	if (!ret && clear)
-		chunk_harvest(region, chunk, index, want, found, folios, false);
+		pages = chunk_harvest(region, chunk, index, want, found, folios, false);
 	else if (!ret)
-		chunk_peek(region, chunk, index, want, found);
+		pages = chunk_peek(region, chunk, index, want, found);
 	mutex_unlock(&region->harvest_lock);
 	if (ret)
 		return ret;
 
 	ret = bits_deliver(get, index, found);
 	if (!ret)
-		get->dirty += bitmap_weight(found, LMTRACK_CHUNK_PAGES);
+		get->dirty += pages;
 	else if (clear)
 		chunk_mark(region, chunk, index, found);
 	return ret;
