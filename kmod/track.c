@@ -432,7 +432,7 @@ static void chunk_arm(struct lmtrack_region *region, struct lmtrack_chunk *chunk
  * pages that do not exist. Stops at a page whose lock somebody else has; @ours is locked already.
  * The i_pages lock keeps the folios where they are until their own lock does: no reference is
  * needed till then. An xarray node has as many slots as the word has bits: one descent finds them
- * all.
+ * all, or that there are none.
  *
  * Return: the bits cleared; *present: those whose pages exist and are in @folios; *busy: the bit
  * at which it stopped, or BITS_PER_LONG.
@@ -443,16 +443,26 @@ static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t firs
 				     unsigned long *present, unsigned int *busy)
 {
 	XA_STATE(xas, &mapping->i_pages, first + __ffs(dirty));
-	unsigned int last = __fls(dirty);
-	unsigned long there = 0;
+	unsigned long bits = dirty, there = 0;
 	struct folio *folio;
+	bool leaf;
 
 	*busy = BITS_PER_LONG;
 	xas_lock_irq(&xas);
-	xas_for_each(&xas, folio, first + last) {
-		unsigned int bit = xas.xa_index - first;
+	folio = xas_load(&xas);
+	/* A tree of page 0 only is no node but that page, and one without any is none. */
+	leaf = xas_is_node(&xas) && !xas.xa_node->shift;
+	for (; bits; bits &= bits - 1) {
+		unsigned int bit = __ffs(bits);
 
-		if (!(dirty & BIT(bit)))
+		if (leaf) {
+			xas.xa_index = first + bit;
+			xas.xa_offset = bit;
+			folio = xas_reload(&xas);
+		} else if (bits != dirty) {
+			break;
+		}
+		if (!folio)
 			continue;
 		if (folio != ours && !folio_trylock(folio)) {
 			dirty &= BIT(bit) - 1;
@@ -461,15 +471,14 @@ static unsigned long word_lock_clear(struct address_space *mapping, pgoff_t firs
 		}
 		folios[bit] = folio;
 		there |= BIT(bit);
-		/* Else the next step looks whether there is one. */
-		if (bit == last)
-			break;
 	}
 	atomic_long_andnot(dirty, (atomic_long_t *)word);
 	xas_unlock_irq(&xas);
 	*present = there;
 	return dirty;
 }
+
+static_assert(XA_CHUNK_SIZE == BITS_PER_LONG);
 
 static void pages_clean(struct address_space *mapping, pgoff_t first, unsigned int from,
 			unsigned int to, unsigned long *dirty)
