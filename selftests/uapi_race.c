@@ -107,6 +107,7 @@ FIXTURE(race) {
 	uint64_t *bitmap;
 	struct control *control;
 	pid_t children[PROCESSES];
+	uint32_t start_flags;
 	unsigned long harvests;
 	unsigned long reported;
 };
@@ -192,7 +193,7 @@ static void run(struct __test_metadata *_metadata, FIXTURE_DATA(race) *self,
 {
 	uint64_t before = self->control->writes;
 
-	ASSERT_EQ(lmt_start(self->fd, 0, NULL), 0);
+	ASSERT_EQ(lmt_start(self->fd, self->start_flags, NULL), 0);
 	for (unsigned long i = 1; i <= count; i++) {
 		ASSERT_GE(harvest(self), 0);
 		if (i % every == 0)
@@ -536,6 +537,8 @@ TEST_F_TIMEOUT(race, direct_io, 180)
 	ASSERT_EQ(fsync(disk), 0);
 	close(disk);
 	free(noise);
+	/* The actor is at work already, and may hold pages just then. */
+	self->start_flags = LMTRACK_TRACK_ALLOW_PINNED;
 	EXPECT_TRUE(run_actor(_metadata, self, act_direct_io, 300));
 }
 
@@ -551,6 +554,8 @@ static bool act_process_vm(struct actor *actor)
 
 TEST_F_TIMEOUT(race, process_vm_writev, 120)
 {
+	/* As above: the kernel pins them for that. */
+	self->start_flags = LMTRACK_TRACK_ALLOW_PINNED;
 	EXPECT_TRUE(run_actor(_metadata, self, act_process_vm, 300));
 }
 
