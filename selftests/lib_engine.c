@@ -292,6 +292,51 @@ TEST_F(pair, destination_without_memory)
 	EXPECT_RUNS_AT_SOURCE();
 }
 
+/* What it has set up does not have the size of the source's. */
+TEST_F(pair, destination_of_another_size)
+{
+	struct kmig_region_opts opts = KMIG_REGION_OPTS_INIT;
+
+	opts.bytes = self->destination.bytes - PAGE_BYTES;
+	opts.kind = KMIG_REGION_MEMFD;
+	kmig_region_free(self->destination.region);
+	ASSERT_EQ(0, kmig_region_create(self->destination.ctx, &opts, &self->destination.region));
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-EINVAL, self->world->source_result);
+	EXPECT_EQ(-EINVAL, self->world->destination_result);
+	EXPECT_NE(NULL, strstr(self->source.error, "region 0 has")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(0, self->source.report.transferred_bytes);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
+/* The VMM says that the guest stands. It does not, and then its memory is never all there. */
+TEST_F(pair, writes_go_on_after_the_pause)
+{
+	self->source.guest = NULL;
+	MIGRATE(MIB, 50);
+	EXPECT_EQ(-EBUSY, self->world->source_result) TH_LOG("%s", self->source.error);
+	EXPECT_NE(NULL, strstr(self->source.error, "still being written")) TH_LOG("%s", self->source.error);
+	EXPECT_EQ(-EBUSY, self->world->destination_result);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_RUNS_AT_SOURCE();
+}
+
+/* It runs nowhere then. Only the source's VMM can help it, and is told. */
+TEST_F(pair, load_and_resume_fail)
+{
+	self->destination.load_error = -EXDEV;
+	self->source.resume_error = -ENXIO;
+	MIGRATE(MIB, 100);
+	EXPECT_EQ(-EXDEV, self->world->source_result);
+	EXPECT_EQ(-EXDEV, self->world->destination_result);
+	EXPECT_EQ(KMIG_FAILED, (int)self->world->source_verdict);
+	EXPECT_FALSE(self->world->source_runs);
+	EXPECT_FALSE(self->world->destination_runs);
+	EXPECT_TRUE(self->world->discarded);
+	EXPECT_TRUE(self->source.stuck);
+	guest_end(&self->world->guest);
+}
+
 #define VMM_FAILS(name, side, error)						\
 TEST_F(pair, name)								\
 {										\

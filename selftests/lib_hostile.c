@@ -272,6 +272,181 @@ TEST_F(destination, prepare_with_reserved)
 	EXPECT_REFUSED();
 }
 
+/* ---- The end of rounds ---- */
+
+#define WRONG_ROUND(name, number)							\
+TEST_F(destination, name)								\
+{											\
+	struct lmtrack_wire_prepare prepare = { .round = htole32(number) };		\
+											\
+	ASSERT_TRUE(go_to(&self->peer, variant->error, AFTER_NEED));			\
+	peer_send(&self->peer, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare));		\
+	EXPECT_REFUSED();								\
+}
+/* Round 1 has come, and 2 may be on its way. */
+WRONG_ROUND(prepare_of_no_round, 0)
+WRONG_ROUND(prepare_of_a_round_to_come, 3)
+WRONG_ROUND(prepare_of_the_last_of_numbers, 0xffffffff)
+
+/* The chunk's digest is of a later round each time: it is asked for again, but not for ever. */
+TEST_F(destination, never_the_right_digest)
+{
+	struct lmtrack_wire_prepare prepare = { .round = htole32(1) };
+	unsigned int needs = 1;
+	uint16_t type;
+
+	ASSERT_TRUE(go_to(&self->peer, variant->error, AFTER_NEED));
+	for (;;) {
+		struct lmtrack_wire_abort abort = { 0 };
+
+		ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare)));
+		do {
+			type = peer_recv(&self->peer, &abort, sizeof(abort));
+		} while (type == LMTRACK_MSG_COMPARED || type == LMTRACK_MSG_UNVERIFIED);
+		if (type != LMTRACK_MSG_NEED) {
+			EXPECT_EQ(LMTRACK_MSG_ABORT, type);
+			EXPECT_EQ(EPROTO, le32toh(abort.error));
+			break;
+		}
+		ASSERT_GE(100, ++needs);
+	}
+	EXPECT_LE(2, needs);
+	EXPECT_EQ(-EPROTO, victim_join(&self->victim)) TH_LOG("%s", self->victim.error);
+	EXPECT_FALSE(self->victim.runs_guest);
+}
+
+struct state_piece {
+	struct lmtrack_wire_state head;
+	uint8_t bytes[16];
+};
+
+TEST_F(destination, half_of_the_state)
+{
+	struct state_piece piece = { .head.total = htole64(17) };
+	struct lmtrack_wire_prepare prepare = { .round = htole32(1) };
+
+	ASSERT_TRUE(go_to(&self->peer, variant->error, AFTER_NEED));
+	ASSERT_TRUE(peer_send(&self->peer, LMTRACK_MSG_STATE, &piece, sizeof(piece)));
+	peer_send(&self->peer, LMTRACK_MSG_PREPARE, &prepare, sizeof(prepare));
+	EXPECT_REFUSED();
+	EXPECT_NE(NULL, strstr(self->victim.error, "16 of 17 bytes")) TH_LOG("%s", self->victim.error);
+}
+
+TEST(state_that_nobody_loads)
+{
+	struct state_piece piece = { .head.total = htole64(sizeof(piece.bytes)) };
+	struct victim victim = { .no_state = true };
+	struct peer peer;
+
+	ASSERT_EQ(0, victim_start(&victim, GUEST_BYTES));
+	ASSERT_TRUE(peer_begin(&peer, victim.port, GUEST_BYTES));
+	ASSERT_TRUE(peer_send(&peer, LMTRACK_MSG_PAUSED, NULL, 0));
+	peer_send(&peer, LMTRACK_MSG_STATE, &piece, sizeof(piece));
+	EXPECT_EQ(-EOPNOTSUPP, reason(&peer));
+	EXPECT_EQ(-EOPNOTSUPP, victim_join(&victim)) TH_LOG("%s", victim.error);
+	EXPECT_FALSE(victim.runs_guest);
+	peer_end(&peer);
+	victim_end(&victim);
+}
+
+/* ---- Channels that come back ---- */
+
+static bool end_round(struct peer *peer, uint32_t channel, uint32_t round)
+{
+	struct kmig_frame frame = {
+		.type = LMTRACK_FRAME_ROUND_END, .stream = PEER_STREAM, .channel = channel, .round = round,
+		.seq = peer->seq[channel]++,
+	};
+	struct lmtrack_wire_frame raw;
+
+	kmig_frame_encode(&frame, NULL, &raw);
+	return put(peer->channel[channel], &raw, sizeof(raw));
+}
+
+static bool lose_channel(struct peer *peer, uint32_t channel, uint32_t round)
+{
+	struct lmtrack_wire_channel_change lost = { .channel = htole32(channel), .round = htole32(round) };
+
+	return peer_send(peer, LMTRACK_MSG_CHANNEL_LOST, &lost, sizeof(lost));
+}
+
+/*
+ * Channel 0 has come back while 1 might have begun round 2 already: so it is in from round 3 on. But
+ * 1 is lost before it began that, and then nobody would be in round 2: it is told anew.
+ */
+TEST(joined_and_then_alone)
+{
+	struct lmtrack_wire_channel_change joined = { 0 };
+	struct lmtrack_wire_round_ack ack = { 0 };
+	struct peer_channel_frame wire = { 0 };
+	struct kmig_frame frame = {
+		.type = LMTRACK_FRAME_CHANNEL, .stream = PEER_STREAM, .payload = sizeof(wire.channel), .arg = 1,
+	};
+	struct victim victim = { 0 };
+	struct peer peer;
+
+	ASSERT_EQ(0, victim_start(&victim, GUEST_BYTES));
+	ASSERT_TRUE(peer_begin(&peer, victim.port, GUEST_BYTES));
+	ASSERT_TRUE(end_round(&peer, 0, 1));
+	ASSERT_TRUE(end_round(&peer, 1, 1));
+	while (le32toh(ack.round) != 1)
+		ASSERT_NE(0, peer_recv(&peer, &ack, sizeof(ack)));
+	ASSERT_TRUE(lose_channel(&peer, 0, 1));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_CLOSED, peer_recv(&peer, NULL, 0));
+	close(peer.channel[0]);
+	peer.channel[0] = peer_socket(peer.port);
+	peer.seq[0] = 0;
+	kmig_frame_encode(&frame, NULL, &wire.frame);
+	kmig_auth_channel(&peer.session, PEER_STREAM, 0, 1, &wire.channel);
+	ASSERT_TRUE(put(peer.channel[0], &wire, sizeof(wire)));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_JOINED, peer_recv(&peer, &joined, sizeof(joined)));
+	EXPECT_EQ(3, le32toh(joined.round));
+	ASSERT_TRUE(lose_channel(&peer, 1, 1));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_JOINED, peer_recv(&peer, &joined, sizeof(joined)));
+	EXPECT_EQ(0, le32toh(joined.channel));
+	EXPECT_EQ(2, le32toh(joined.round));
+	EXPECT_EQ(1, le64toh(joined.attempt));
+	ASSERT_EQ(LMTRACK_MSG_CHANNEL_CLOSED, peer_recv(&peer, NULL, 0));
+	ASSERT_TRUE(end_round(&peer, 0, 2));
+	while (le32toh(ack.round) != 2)
+		ASSERT_NE(0, peer_recv(&peer, &ack, sizeof(ack)));
+	peer_end(&peer);
+	EXPECT_EQ(-ECONNRESET, victim_join(&victim)) TH_LOG("%s", victim.error);
+	victim_end(&victim);
+}
+
+/* ---- Connections that are no channels ---- */
+
+/* They are shown out, each by itself; the migration goes on. */
+#define NO_CHANNEL(name, text, ...)							\
+TEST_F(destination, name)								\
+{											\
+	struct peer_channel_frame wire = { 0 };						\
+	struct kmig_frame frame = {							\
+		.type = LMTRACK_FRAME_CHANNEL, .stream = PEER_STREAM,			\
+		.payload = sizeof(wire.channel),					\
+	};										\
+	int fd;										\
+											\
+	ASSERT_TRUE(peer_announce(&self->peer, GUEST_BYTES));				\
+	ASSERT_EQ(variant->error, ask(&self->peer));					\
+	__VA_ARGS__;									\
+	kmig_frame_encode(&frame, NULL, &wire.frame);					\
+	kmig_auth_channel(&self->peer.session, frame.stream, frame.channel, 0, &wire.channel);	\
+	fd = peer_socket(self->peer.port);						\
+	ASSERT_LE(0, fd);								\
+	ASSERT_TRUE(put(fd, &wire, sizeof(wire)));					\
+	EXPECT_TRUE(hung_up(fd));							\
+	close(fd);									\
+	ASSERT_TRUE(open_channels(&self->peer));					\
+	EXPECT_NE(NULL, strstr(self->victim.warning, text)) TH_LOG("%s", self->victim.warning);	\
+	EXPECT_ENDS();									\
+}
+NO_CHANNEL(begins_with_a_round_end, "does not begin as a channel",
+	   frame.type = LMTRACK_FRAME_ROUND_END; frame.payload = 0)
+NO_CHANNEL(channel_of_another_stream, "no channel of this migration", frame.stream++)
+NO_CHANNEL(channel_beyond_all, "no channel of this migration", frame.channel = PEER_CHANNELS)
+
 /* ---- RDMA was agreed ---- */
 
 FIXTURE(rdma) {
@@ -353,6 +528,23 @@ WRONG_PACKET(packet_of_a_channel, (frame = (struct kmig_frame){ .type = LMTRACK_
 WRONG_PACKET(packet_out_of_order, frame.seq = 1, WHOLE)
 WRONG_PACKET(packet_that_lies, frame.payload = 2 * PAGE_BYTES, WHOLE)
 
+/* Of a module that speaks only what is said over TCP: it knows nothing of the buffers here. */
+TEST_F(rdma, packet_of_an_older_module)
+{
+	struct packet packet = { 0 };
+	struct kmig_frame frame = { .type = LMTRACK_FRAME_ROUND_END, .stream = PEER_STREAM, .round = 1 };
+
+	if (LMTRACK_WIRE_VERSION_FRAMES == LMTRACK_WIRE_VERSION)
+		SKIP(return, "there is no older version whose frames are read");
+	kmig_frame_encode(&frame, NULL, &packet.raw);
+	packet.raw.version = htole16(LMTRACK_WIRE_VERSION_FRAMES);
+	ASSERT_TRUE(put(self->peer.channel[0], &packet, sizeof(packet.raw)));
+	EXPECT_EQ(-EPROTONOSUPPORT, reason(&self->peer));
+	EXPECT_EQ(-EPROTONOSUPPORT, victim_join(&self->victim)) TH_LOG("%s", self->victim.error);
+	EXPECT_NE(NULL, strstr(self->victim.error, "another version")) TH_LOG("%s", self->victim.error);
+	EXPECT_FALSE(self->victim.runs_guest);
+}
+
 /* ================ The source ================ */
 
 /* A destination written by hand. */
@@ -369,6 +561,9 @@ FIXTURE(source) {
 	struct kmig_session session;
 	uint64_t sent;
 	_Atomic bool guest_runs, resumed;
+	_Atomic int resume_error;
+	_Atomic bool stuck;	/* it was said that the guest could not be resumed */
+	size_t state_length;
 	char error[512];
 };
 
@@ -392,11 +587,27 @@ static int vmm_pause(void *data)
 static int vmm_resume(void *data)
 {
 	(void)data;
+	if (us->resume_error)
+		return us->resume_error;
 	us->guest_runs = us->resumed = true;
 	return 0;
 }
 
-static const struct kmig_source_ops vmm = { .size = sizeof(vmm), .pause = vmm_pause, .resume = vmm_resume };
+/* There is none; a length that is refused is not looked behind. */
+static int vmm_save(void **state, size_t *length, void *data)
+{
+	(void)data;
+	*state = NULL;
+	*length = us->state_length;
+	return 0;
+}
+
+static const struct kmig_source_ops vmm = {
+	.size = sizeof(vmm),
+	.pause = vmm_pause,
+	.resume = vmm_resume,
+	.save_state = vmm_save,
+};
 
 static void *source_main(void *data)
 {
@@ -412,6 +623,8 @@ static void *source_main(void *data)
 static void source_log(enum kmig_log_level level, const char *text, void *data)
 {
 	(void)data;
+	if (level == KMIG_LOG_ERROR && strstr(text, "could not be resumed"))
+		us->stuck = true;
 	if (getenv("LOG"))
 		fprintf(stderr, "# source %d: %s\n", level, text);
 }
@@ -469,13 +682,12 @@ static bool accept_channel(FIXTURE_DATA(source) *self)
 	return get(fd, &wire, sizeof(wire));
 }
 
-/* As far as DEVICES_READY. */
-static bool begin(FIXTURE_DATA(source) *self, enum kmig_transport transport, uint32_t timeout_ms, uint32_t wait_ms)
+/* It has connected, and said its name. */
+static bool meet_source(FIXTURE_DATA(source) *self, enum kmig_transport transport, uint32_t timeout_ms, uint32_t wait_ms)
 {
 	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
 	struct kmig_region_opts region = KMIG_REGION_OPTS_INIT;
 	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
-	struct peer_proof proof;
 	socklen_t length = sizeof(address);
 
 	memset(self, 0, sizeof(*self));
@@ -504,15 +716,28 @@ static bool begin(FIXTURE_DATA(source) *self, enum kmig_transport transport, uin
 	    pthread_create(&self->thread, NULL, source_main, self))
 		return false;
 	self->control = accept_one(self);
-	if (!get(self->control, &self->transcript.source, sizeof(self->transcript.source)) ||
-	    kmig_auth_hello(PAGE_BYTES, &self->transcript.destination) ||
+	return get(self->control, &self->transcript.source, sizeof(self->transcript.source));
+}
+
+/* Say ours, with pages of @page_size, and prove that we know the secret. */
+static bool prove(FIXTURE_DATA(source) *self, uint32_t page_size)
+{
+	struct peer_proof proof;
+
+	if (kmig_auth_hello(page_size, &self->transcript.destination) ||
 	    !put(self->control, &self->transcript.destination, sizeof(self->transcript.destination)) ||
 	    !get(self->control, &proof, sizeof(proof)))
 		return false;
 	kmig_auth_proof(SECRET, strlen(SECRET), "lmtrack destination", &self->transcript, &proof.proof);
 	kmig_auth_session(SECRET, strlen(SECRET), &self->transcript, &self->session);
 	kmig_message_encode(LMTRACK_MSG_PROOF, &proof.proof, sizeof(proof.proof), &proof.header);
-	return put(self->control, &proof, sizeof(proof)) &&
+	return put(self->control, &proof, sizeof(proof));
+}
+
+/* As far as DEVICES_READY. */
+static bool begin(FIXTURE_DATA(source) *self, enum kmig_transport transport, uint32_t timeout_ms, uint32_t wait_ms)
+{
+	return meet_source(self, transport, timeout_ms, wait_ms) && prove(self, PAGE_BYTES) &&
 	       hear(self, NULL, 0) == LMTRACK_MSG_CAPACITY && say(self, LMTRACK_MSG_CAPACITY_OK, NULL, 0) &&
 	       hear(self, NULL, 0) == LMTRACK_MSG_REGIONS && say(self, LMTRACK_MSG_DEVICES_READY, NULL, 0);
 }
@@ -588,6 +813,34 @@ static bool begin_rdma(FIXTURE_DATA(source) *self, struct lmtrack_wire_window *w
 	standin.want_first = 512;
 	return offer(self) && say(self, LMTRACK_MSG_CHANNELS_READY, NULL, 0) &&
 	       hear(self, window, sizeof(*window)) == LMTRACK_MSG_WINDOW_WANTED;
+}
+
+/* ---- The greeting ---- */
+
+#define EXPECT_NO_GREETING(errno_, text) do {						\
+	EXPECT_EQ(0, hear(self, NULL, 0));						\
+	finish(self);									\
+	EXPECT_EQ(errno_, self->result) TH_LOG("%s", self->error);			\
+	EXPECT_NE(NULL, strstr(self->error, text)) TH_LOG("%s", self->error);		\
+	EXPECT_TRUE(self->guest_runs);							\
+} while (0)
+
+TEST_F(source, greeted_with_something_else)
+{
+	struct lmtrack_wire_message header;
+
+	ASSERT_TRUE(meet_source(self, KMIG_TRANSPORT_TCP, 5000, 5000));
+	kmig_message_encode(LMTRACK_MSG_DEVICES_READY, NULL, 0, &header);
+	ASSERT_TRUE(put(self->control, &header, sizeof(header)));
+	EXPECT_NO_GREETING(-EPROTO, "does not belong here");
+}
+
+/* It knows the secret, and is another kind of machine. */
+TEST_F(source, other_pages)
+{
+	ASSERT_TRUE(meet_source(self, KMIG_TRANSPORT_TCP, 5000, 5000));
+	ASSERT_TRUE(prove(self, 4 * PAGE_BYTES));
+	EXPECT_NO_GREETING(-EPROTONOSUPPORT, "pages of 16384 bytes");
 }
 
 /* ---- The offer ---- */
@@ -744,6 +997,68 @@ TO_THE_SOURCE(window_cut_short, LMTRACK_MSG_WINDOW, uint64_t half[2];)
 TO_THE_SOURCE(closed_that_was_not_lost, LMTRACK_MSG_CHANNEL_CLOSED, struct lmtrack_wire_channel_change change;)
 TO_THE_SOURCE(joined_that_is_there, LMTRACK_MSG_CHANNEL_JOINED, struct lmtrack_wire_channel_change change;)
 
+#define WRONG_CHANGE(name, type, ...)							\
+TEST_F(source, name)									\
+{											\
+	struct lmtrack_wire_channel_change change = { __VA_ARGS__ };			\
+											\
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));					\
+	ASSERT_TRUE(begun(1));								\
+	say(self, type, &change, sizeof(change));					\
+	EXPECT_GIVES_UP(-EPROTO);							\
+	EXPECT_NE(NULL, strstr(self->error, "which there is not")) TH_LOG("%s", self->error);	\
+}
+WRONG_CHANGE(no_such_channel_is_lost, LMTRACK_MSG_CHANNEL_LOST, .channel = htole32(2))
+WRONG_CHANGE(channel_beyond_all_is_lost, LMTRACK_MSG_CHANNEL_LOST, .channel = htole32(0xffffffff))
+WRONG_CHANGE(no_such_channel_is_closed, LMTRACK_MSG_CHANNEL_CLOSED, .channel = htole32(2))
+WRONG_CHANGE(no_such_channel_has_joined, LMTRACK_MSG_CHANNEL_JOINED, .channel = htole32(2))
+WRONG_CHANGE(lost_with_no_such_error, LMTRACK_MSG_CHANNEL_LOST, .error = htole32(4096))
+
+/* Of a region with 5 chunks. */
+#define WRONG_LIST(name, ...)								\
+TEST_F(source, name)									\
+{											\
+	struct {									\
+		struct lmtrack_wire_unverified head;					\
+		__le64 bitmap[2];							\
+	} list = { .head.words = htole32(1), .bitmap = { ~0ull, ~0ull } };		\
+	size_t length = sizeof(list.head) + 8;						\
+											\
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));					\
+	ASSERT_TRUE(begun(1));								\
+	__VA_ARGS__;									\
+	say(self, LMTRACK_MSG_UNVERIFIED, &list, length);				\
+	EXPECT_GIVES_UP(-EPROTO);							\
+	EXPECT_NE(NULL, strstr(self->error, "list of chunks")) TH_LOG("%s", self->error);	\
+}
+WRONG_LIST(list_of_no_region, list.head.region = htole32(REGION_BEYOND))
+WRONG_LIST(list_of_a_region_beyond_all, list.head.region = htole32(0xffffffff))
+WRONG_LIST(list_shorter_than_it_says, list.head.words = htole32(2))
+WRONG_LIST(list_longer_than_it_says, length += 8)
+WRONG_LIST(list_of_more_words_than_there_are, list.head.words = htole32(0xffffffff))
+WRONG_LIST(list_within_a_word, list.head.first = htole64(1))
+WRONG_LIST(list_behind_the_region, list.head.first = htole64(64))
+WRONG_LIST(list_at_the_end_of_numbers, list.head.first = htole64(~63ull))
+WRONG_LIST(list_that_goes_on_behind_the_region, list.head.words = htole32(2); length += 8)
+
+/* Whatever reason it has, it does not make the outcome unknown. */
+#define STRANGE_ABORT(name, errno_)							\
+TEST_F(source, name)									\
+{											\
+	struct lmtrack_wire_abort abort = { .error = htole32(errno_) };			\
+											\
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));					\
+	say(self, LMTRACK_MSG_ABORT, &abort, sizeof(abort));				\
+	EXPECT_EQ(0, why(self));							\
+	finish(self);									\
+	EXPECT_EQ(-EPROTO, self->result) TH_LOG("%s", self->error);			\
+	EXPECT_EQ(KMIG_FAILED, self->report.verdict);					\
+	EXPECT_TRUE(self->guest_runs);							\
+}
+STRANGE_ABORT(aborted_for_no_reason, 0)
+STRANGE_ABORT(aborted_for_no_such_reason, 4096)
+STRANGE_ABORT(aborted_for_the_reason_that_is_ours, EINPROGRESS)
+
 TEST_F(source, acknowledged_with_reserved)
 {
 	struct lmtrack_wire_round_ack ack = { .round = htole32(1), .reserved = 1 };
@@ -795,6 +1110,52 @@ TEST_F_TIMEOUT(source, never_closed_while_paused, 60)
 	EXPECT_GIVES_UP(-ETIMEDOUT);
 	EXPECT_NE(NULL, strstr(self->error, "did not answer within 6000 ms")) TH_LOG("%s", self->error);
 	EXPECT_TRUE(self->resumed);
+}
+
+/* The guest is to run on until a channel is back, and does not: there is no use in waiting then. */
+TEST_F(source, all_lost_and_not_resumed)
+{
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));
+	ASSERT_TRUE(until_paused(self));
+	self->resume_error = -EXDEV;
+	ASSERT_TRUE(lose(self, 0));
+	ASSERT_TRUE(lose(self, 1));
+	EXPECT_EQ(-EXDEV, why(self));
+	finish(self);
+	EXPECT_EQ(-EXDEV, self->result) TH_LOG("%s", self->error);
+	EXPECT_TRUE(self->stuck);
+	EXPECT_FALSE(self->guest_runs);
+	EXPECT_EQ(KMIG_FAILED, self->report.verdict);
+}
+
+TEST_F(source, more_state_than_can_be_moved)
+{
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));
+	self->state_length = LMTRACK_WIRE_STATE_MAX + 1ul;
+	ASSERT_TRUE(until_paused(self));
+	EXPECT_GIVES_UP(-EFBIG);
+	EXPECT_TRUE(self->resumed);
+}
+
+/* Its digests have come, and it says that it needs them: not for ever. */
+TEST_F(source, never_content_with_the_digests)
+{
+	unsigned int prepared = 0;
+	uint16_t type;
+
+	ASSERT_TRUE(begin_tcp(self, 5000, 5000));
+	ASSERT_TRUE(until_paused(self));
+	ASSERT_TRUE(acknowledge(self, 2));
+	while ((type = hear(self, NULL, 0)) == LMTRACK_MSG_PREPARE && prepared < 100) {
+		prepared++;
+		say(self, LMTRACK_MSG_NEED, NULL, 0);
+	}
+	EXPECT_EQ(LMTRACK_MSG_ABORT, type);
+	EXPECT_LE(2, prepared);
+	finish(self);
+	EXPECT_EQ(-EPROTO, self->result) TH_LOG("%s", self->error);
+	EXPECT_TRUE(self->guest_runs);
+	EXPECT_EQ(KMIG_FAILED, self->report.verdict);
 }
 
 /* It has come back, and breaks before the first round that it is in. */

@@ -177,11 +177,12 @@ struct side {
 	uint64_t max_bandwidth;
 	bool marked;			/* with these */
 	int dscp, priority;
-	int pause_error, save_error, load_error, run_error, prepare_error;
+	int pause_error, resume_error, save_error, load_error, run_error, prepare_error;
 	uint64_t max_bytes;
 	unsigned int delay_ms;		/* of each VMM function */
 	bool save_early;		/* saving writes at once, and then takes its time */
 	_Atomic unsigned int needs;	/* digests that were asked for again */
+	_Atomic bool stuck;		/* it was said that the guest could not be resumed */
 };
 
 static inline void act(struct side *side, int at)
@@ -238,6 +239,8 @@ static inline int on_resume(void *data)
 {
 	struct side *side = data;
 
+	if (side->resume_error)
+		return side->resume_error;
 	side->world->source_runs = true;
 	if (side->guest)
 		side->guest->running = true;
@@ -456,6 +459,8 @@ static inline void log_line(enum kmig_log_level level, const char *text, void *d
 
 	if (level == KMIG_LOG_DEBUG && strstr(text, "still needs digests"))
 		side->needs++;
+	if (level == KMIG_LOG_ERROR && strstr(text, "could not be resumed"))
+		side->stuck = true;
 	if (getenv("LOG"))
 		fprintf(stderr, "# %s %d: %s\n", side->is_source ? "source" : "destination", level, text);
 }

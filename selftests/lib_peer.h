@@ -41,6 +41,7 @@ struct victim {
 	int port;
 	int result;
 	bool runs_guest, discarded, prepared;
+	bool no_state;			/* it has no use for any */
 	char error[512];
 	char warning[512];		/* the last */
 };
@@ -100,10 +101,10 @@ static inline void victim_log(enum kmig_log_level level, const char *text, void 
 
 static inline int victim_start(struct victim *victim, uint64_t bytes)
 {
-	static const struct kmig_destination_ops ops = {
+	const struct kmig_destination_ops ops = {
 		.size = sizeof(ops),
 		.prepare = victim_prepare,
-		.load_state = victim_load,
+		.load_state = victim->no_state ? NULL : victim_load,
 		.run = victim_run,
 		.discard = victim_discard,
 	};
