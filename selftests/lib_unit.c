@@ -404,6 +404,32 @@ TEST_F(unit, region_find)
 	EXPECT_FAILS(-EBADF, kmig_region_find(self->ctx, getpid(), 9999, &self->region), "9999");
 }
 
+TEST_F(unit, region_find_by_number)
+{
+	int fd = memfd_create("not a region", MFD_CLOEXEC);
+
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, ftruncate(fd, MIB));
+	SCRIPT({ LMTRACK_REGION_INFO, -ENOTTY, NULL }, { LMTRACK_REGION_INFO, -EIO, NULL },
+	       { LMTRACK_REGION_INFO, 0, answer_info });
+	EXPECT_FAILS(-ENOENT, kmig_region_find(self->ctx, getpid(), fd, &self->region), "is no lmtrack region");
+	EXPECT_FAILS(-EIO, kmig_region_find(self->ctx, getpid(), fd, &self->region), "descriptor");
+	ASSERT_EQ(0, kmig_region_find(self->ctx, getpid(), fd, &self->region));
+	EXPECT_EQ(8 * MIB, kmig_region_bytes(self->region));
+	EXPECT_SCRIPT_DONE();
+	close(fd);
+}
+
+/* What cannot be opened for writing: a program that runs. */
+TEST_F(unit, region_read_only)
+{
+	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+
+	ASSERT_LE(0, fd);
+	EXPECT_FAILS(-ETXTBSY, kmig_region_adopt(self->ctx, fd, &self->region), "cannot be opened anew");
+	close(fd);
+}
+
 static void answer_pinned(void *arg)
 {
 	((struct lmtrack_track_start *)arg)->pinned = 7;
@@ -430,6 +456,37 @@ static struct kmig_region *scripted_region(struct kmig_ctx *ctx)
 	kmig_region_adopt(ctx, fd, &region);
 	close(fd);
 	return region;
+}
+
+TEST_F(unit, region_that_does_not_tell)
+{
+	struct kmig_region_info info = KMIG_REGION_INFO_INIT;
+
+	self->region = scripted_region(self->ctx);
+	ASSERT_NE(NULL, self->region);
+	SCRIPT({ LMTRACK_REGION_INFO, -EIO, NULL },
+	       { LMTRACK_REGION_INFO, 0, answer_info }, { LMTRACK_REGION_STATS, -ENXIO, NULL });
+	EXPECT_FAILS(-EIO, kmig_region_get_info(self->region, &info), "region found");
+	EXPECT_FAILS(-ENXIO, kmig_region_get_info(self->region, &info), "region found");
+	EXPECT_SCRIPT_DONE();
+}
+
+TEST_F(unit, probe_options)
+{
+	struct kmig_region *regions[LMTRACK_REGIONS_MAX + 1] = { 0 };
+	struct kmig_region_opts opts = KMIG_REGION_OPTS_INIT;
+	struct kmig_curve_point points[KMIG_CURVE_POINTS];
+	unsigned int count = 7;
+
+	EXPECT_FAILS(-EINVAL, kmig_probe(self->ctx, regions, 0, 10, points, &count), "0 regions");
+	EXPECT_EQ(0, count);
+	EXPECT_FAILS(-EINVAL, kmig_probe(self->ctx, regions, LMTRACK_REGIONS_MAX + 1, 10, points, &count), "65 regions");
+	EXPECT_FAILS(-EINVAL, kmig_probe(self->ctx, regions, 1, 9, points, &count), "9 ms");
+	EXPECT_FAILS(-EINVAL, kmig_probe(self->ctx, regions, 1, 60001, points, &count), "60001 ms");
+	opts.bytes = MIB;
+	opts.kind = KMIG_REGION_MEMFD;
+	ASSERT_EQ(0, kmig_region_create(self->ctx, &opts, &self->region));
+	EXPECT_FAILS(-EOPNOTSUPP, kmig_probe(self->ctx, &self->region, 1, 10, points, &count), "is a memfd");
 }
 
 TEST_F(unit, tracking)
@@ -630,6 +687,7 @@ TEST_F(unit, source_options)
 	struct kmig_source_opts good = KMIG_SOURCE_OPTS_INIT, opts;
 	struct kmig_region_opts region_opts = KMIG_REGION_OPTS_INIT;
 	struct kmig_source *source;
+	struct kmig_region *other;
 
 	good.host = "127.0.0.1";
 	good.secret = "sixteen bytes...";
@@ -689,13 +747,39 @@ TEST_F(unit, source_options)
 	self->region = scripted_region(self->ctx);
 	EXPECT_EQ(0, kmig_source_add_region(source, self->region));
 	EXPECT_FAILS(-EEXIST, kmig_source_add_region(source, self->region), "already");
-	kmig_region_free(self->region);
 	region_opts.bytes = MIB;
 	region_opts.kind = KMIG_REGION_MEMFD;
-	ASSERT_EQ(0, kmig_region_create(self->ctx, &region_opts, &self->region));
-	EXPECT_FAILS(-EOPNOTSUPP, kmig_source_add_region(source, self->region), "memfd");
+	ASSERT_EQ(0, kmig_region_create(self->ctx, &region_opts, &other));
+	EXPECT_FAILS(-EOPNOTSUPP, kmig_source_add_region(source, other), "memfd");
 	kmig_source_free(source);
+	kmig_region_free(other);
 	kmig_source_free(NULL);
+}
+
+TEST_F(unit, source_regions)
+{
+	struct kmig_source_ops ops = { .size = sizeof(ops), .pause = vmm_nothing, .resume = vmm_nothing };
+	struct kmig_source_opts opts = KMIG_SOURCE_OPTS_INIT;
+	struct kmig_region *regions[LMTRACK_REGIONS_MAX];
+	struct kmig_source *source;
+
+	opts.host = "256.0.0.1";
+	opts.secret = "sixteen bytes...";
+	opts.secret_len = 16;
+	ASSERT_EQ(0, kmig_source_new(self->ctx, &opts, &ops, NULL, &source));
+	for (unsigned int i = 0; i < LMTRACK_REGIONS_MAX; i++) {
+		regions[i] = scripted_region(self->ctx);
+		ASSERT_NE(NULL, regions[i]);
+		ASSERT_EQ(0, kmig_source_add_region(source, regions[i]));
+	}
+	self->region = scripted_region(self->ctx);
+	EXPECT_FAILS(-ENOSPC, kmig_source_add_region(source, self->region), "64 regions");
+	/* It fails at once, and has run. */
+	EXPECT_GT(0, kmig_source_run(source));
+	EXPECT_FAILS(-EBUSY, kmig_source_add_region(source, self->region), "before it runs");
+	kmig_source_free(source);
+	for (unsigned int i = 0; i < LMTRACK_REGIONS_MAX; i++)
+		kmig_region_free(regions[i]);
 }
 
 TEST_F(unit, destination_options)
