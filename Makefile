@@ -13,6 +13,8 @@
 #   make soak              one guest, moved to and fro for SOAK_SECONDS (3600), in a VM
 #   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
+#   make coverage          what the tests run of lib, tools/kmig and kmod: tables, and all lines that
+#                          did not run, in build/coverage (the kernel debug-gcov is built first)
 #   make lint              W=1 and sparse without a word, checkpatch --strict
 #   make install           PREFIX, DESTDIR; modules for KERNELS
 #   make clean, distclean  distclean also drops what tools/setup/install fetched
@@ -46,7 +48,7 @@ CHECKPATCH := $(O)/kselftest/linux/scripts/checkpatch.pl
 SUB = $(MAKE) --no-print-directory O=$(O) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 
 .PHONY: all modules lib tools selftests fuzzers guest check fuzz soak bench demo lint install clean distclean
-.PHONY: lint-checkpatch check-installed
+.PHONY: lint-checkpatch check-installed coverage coverage-programs
 all: modules lib tools
 
 modules: $(KERNELS:%=module-%)
@@ -59,7 +61,7 @@ endef
 
 module-%:
 	$(call copy_sources,$(O)/kmod-$*)
-	+@$(call kmake,$*) M=$(O)/kmod-$* W=1 modules
+	+@$(call kmake,$*) M=$(O)/kmod-$* W=1 $(if $(filter debug-gcov,$*),GCOV_PROFILE=y) modules
 
 lib:
 	+@$(SUB) -C lib all
@@ -106,6 +108,29 @@ soak:
 	tools/vm/run -k $$k -c 1 -m 2G -t $$(($(SOAK_SECONDS) + 1500)) -o soak --kvm-guest -- \
 		env SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEED=$(SOAK_SEED) \
 		selftests/run -t $$(($(SOAK_SECONDS) + 1200)) -m build/kmod-$$k/lmtrack.ko selftests/soak
+
+# SELFTESTS="name ..." runs only these programs and adds to what is known of earlier runs.
+coverage:
+	@tools/setup/install lcov
+	@tools/vm/debug/build debug-gcov
+	@$(MAKE) --no-print-directory guest coverage-programs module-debug-gcov
+	@tools/coverage/run
+
+# Library and tool count what they run, their tests do not; but who leaves by _exit() takes along
+# what was counted.
+COVERAGE := $(O)/coverage
+COUNTING := -Og -g --coverage -fprofile-update=atomic
+COUNTED := -Wl,--wrap=_exit $(COVERAGE)/exit.o -Wl,--whole-archive -lgcov -Wl,--no-whole-archive
+COVERAGE_SUB = $(MAKE) --no-print-directory O=$(COVERAGE)
+COVERAGE_PROGRAMS := $(patsubst selftests/%.c,$(COVERAGE)/selftests/%, \
+	$(wildcard selftests/lib*.c selftests/tool_*.c selftests/uapi_*.c))
+coverage-programs:
+	@mkdir -p $(COVERAGE)
+	@$(CC) -O2 -g -c -o $(COVERAGE)/exit.o tools/coverage/exit.c
+	+@CFLAGS="$(COUNTING)" LDFLAGS=--coverage $(COVERAGE_SUB) -C lib all
+	+@CFLAGS="$(COUNTING)" LDFLAGS="$(COUNTED)" $(COVERAGE_SUB) -C tools/kmig all
+	+@CFLAGS="-O2 -g $(COUNTED)" $(COVERAGE_SUB) \
+		HARNESS=$(O)/kselftest/linux/tools/testing/selftests -C selftests $(COVERAGE_PROGRAMS)
 
 demo:
 	@tools/setup/install
