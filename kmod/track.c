@@ -732,13 +732,14 @@ static unsigned int chunk_harvest(struct lmtrack_region *region, struct lmtrack_
  * @region:	the region
  * @file:	the open file of it that the stream holds
  *
- * Return: -EINVAL if the region is not tracked by @file.
+ * Return: -EINVAL if the region is not tracked by @file, -EINTR if the caller was killed.
  */
 int lmtrack_sender_begin(struct lmtrack_region *region, const struct file *file)
 {
 	int ret = -EINVAL;
 
-	mutex_lock(&region->harvest_lock);
+	if (mutex_lock_killable(&region->harvest_lock))
+		return -EINTR;
 	if (region->state == LMTRACK_TRACKED && region->tracker == file) {
 		region->senders++;
 		ret = 0;
@@ -888,7 +889,11 @@ long lmtrack_track_start(struct file *file, void *arg)
 		return -EINTR;
 	}
 
-	mutex_lock(&region->harvest_lock);
+	if (mutex_lock_killable(&region->harvest_lock)) {
+		lmtrack_stun_put(stun);
+		ret = -EINTR;
+		goto out;
+	}
 	if (region->state == LMTRACK_IDLE) {
 		region->tracker = file;
 		stun = rcu_replace_pointer(region->stun, stun,
@@ -947,7 +952,10 @@ long lmtrack_track_stop(struct file *file, void *arg)
 
 	if (mutex_lock_killable(&region->flip_lock))
 		return -EINTR;
-	mutex_lock(&region->harvest_lock);
+	if (mutex_lock_killable(&region->harvest_lock)) {
+		ret = -EINTR;
+		goto out;
+	}
 	ret = lmtrack_track_check(region, file);
 	if (!ret && region->senders)
 		ret = -EBUSY;
@@ -956,6 +964,7 @@ long lmtrack_track_stop(struct file *file, void *arg)
 	mutex_unlock(&region->harvest_lock);
 	if (!ret && flip(region))
 		flip_later(region);
+out:
 	mutex_unlock(&region->flip_lock);
 	return ret;
 }
