@@ -309,18 +309,28 @@ void lmtrack_chunk_queue(struct lmtrack_region *region, struct lmtrack_chunk *ch
 	xa_unlock(&region->chunks);
 }
 
-static void chunk_unqueue(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
-			  unsigned long index)
+/*
+ * A harvest of the chunk ends: it stays queued if a page of it is dirty still, or again. Until
+ * here it was, too, as somebody may be looking for what else is dirty in it.
+ */
+static void chunk_settle(struct lmtrack_region *region, struct lmtrack_chunk *chunk,
+			 unsigned long index)
 {
+	lockdep_assert_held(&region->harvest_lock);
 	xa_lock(&region->chunks);
 	WRITE_ONCE(chunk->queued, false);
-	__xa_clear_mark(&region->chunks, index, LMTRACK_CHUNK_QUEUED);
-	xa_unlock(&region->chunks);
 	/*
-	 * Pairs with the full barrier of test_and_set_bit() in lmtrack_mark_dirty(): either the
-	 * harvest sees the bit, or whoever sets it sees that the chunk is not queued.
+	 * Pairs with the full barrier of test_and_set_bit() in lmtrack_mark_dirty(): either we
+	 * see the bit, or whoever sets it sees that the chunk is not queued.
 	 */
 	smp_mb();
+	if (bitmap_empty(chunk->dirty, LMTRACK_CHUNK_PAGES)) {
+		__xa_clear_mark(&region->chunks, index, LMTRACK_CHUNK_QUEUED);
+	} else {
+		WRITE_ONCE(chunk->queued, true);
+		__xa_set_mark(&region->chunks, index, LMTRACK_CHUNK_QUEUED);
+	}
+	xa_unlock(&region->chunks);
 }
 
 /**
@@ -511,7 +521,8 @@ static void pages_protect(struct address_space *mapping, pgoff_t first, unsigned
 /*
  * Protect the pages of @present among @from to @to - 1, @pages of them. Few are protected one by
  * one: that is one pass over the mappings for each, and its one step for an entry leaves nothing
- * to look at again.
+ * to look at again. Of a page that is just being unmapped it may see no mapping any more while
+ * a processor can still write it: who unmaps it holds it until none can, see folio_held().
  */
 static void span_protect(struct address_space *mapping, pgoff_t first,
 			 const unsigned long *present, struct folio **folios,
@@ -659,7 +670,7 @@ static unsigned int harvest_batch(struct lmtrack_region *region, struct lmtrack_
 				    &again[word]);
 		marks |= again[word];
 	}
-	/* Only now: nobody but a harvest asks for these bits. */
+	/* Only now: nobody but a harvest asks for these bits, and the chunk is queued. */
 	if (marks)
 		chunk_mark(region, chunk, index, again);
 	return held;
@@ -707,16 +718,15 @@ static unsigned int chunk_harvest(struct lmtrack_region *region, struct lmtrack_
 	bitmap_zero(taken, LMTRACK_CHUNK_PAGES);
 	if (!chunk->armed)
 		chunk_arm(region, chunk, index);
-	chunk_unqueue(region, chunk, index);
 	for (;;) {
 		repinned += harvest_batch(region, chunk, index, want, taken, folios, keep, join,
 					  ours, &from);
 		if (from == LMTRACK_CHUNK_PAGES)
 			break;
+		cond_resched();
 		ours = page_lock(region->inode->i_mapping, index * LMTRACK_CHUNK_PAGES + from);
 	}
-	if (!bitmap_empty(chunk->dirty, LMTRACK_CHUNK_PAGES))
-		lmtrack_chunk_queue(region, chunk, index);
+	chunk_settle(region, chunk, index);
 
 	pages = bitmap_weight(taken, LMTRACK_CHUNK_PAGES);
 	region->harvested += pages;

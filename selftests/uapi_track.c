@@ -1352,4 +1352,49 @@ TRACK_TEST(hold_memory)
 	EXPECT_EQ(before, lmt_stats(self->fd).kernel_bytes);
 }
 
+/* ---- Two who harvest a chunk ---- */
+
+struct first_half {
+	int fd;
+	unsigned char *mem;
+	bool stop;
+	long failed;
+};
+
+/* Pages of its own become dirty and are taken, again and again. */
+static void *first_half_run(void *arg)
+{
+	struct first_half *half = arg;
+	uint64_t bitmap[WORDS];
+
+	while (!__atomic_load_n(&half->stop, __ATOMIC_RELAXED) && !half->failed) {
+		touch(half->mem, 0, 64, 1);
+		if (lmt_dirty(half->fd, CLEAR, 0, 64, bitmap) < 0)
+			half->failed = 1;
+	}
+	return NULL;
+}
+
+/* A page that is dirty is reported, also while another part of its chunk is harvested. */
+TRACK_TEST(two_parts_of_a_chunk)
+{
+	struct first_half half = { .fd = self->fd, .mem = self->mem };
+	unsigned int missed = 0, i;
+	pthread_t thread;
+
+	touch(self->mem, 0, LMTRACK_CHUNK_PAGES, 1);
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ((long)LMTRACK_CHUNK_PAGES, harvest(self->fd, self->bitmap));
+	ASSERT_EQ(0, pthread_create(&thread, NULL, first_half_run, &half));
+	for (i = 0; i < 5000; i++) {
+		touch(self->mem, 300, 1, i);
+		missed += lmt_dirty(self->fd, CLEAR, 64, LMTRACK_CHUNK_PAGES - 64,
+				    self->bitmap) != 1;
+	}
+	__atomic_store_n(&half.stop, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+	EXPECT_EQ(0, half.failed);
+	EXPECT_EQ(0, missed);
+}
+
 TEST_HARNESS_MAIN
