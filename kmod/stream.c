@@ -348,7 +348,10 @@ static int send_frame(struct lmtrack_channel *channel, struct lmtrack_wire_frame
 		return ret;
 	ret = channel->transport->send(channel, frame, bytes, channel->bvec, pages,
 				       frame->type != LMTRACK_FRAME_ROUND_END);
-	/* A page that cannot be read is no fault of the connection's. */
+	/*
+	 * A page that cannot be read is no fault of the connection's, and ends the stream. Part of
+	 * the frame may be out: nobody can send over this connection after it.
+	 */
 	if (ret == -EHWPOISON)
 		return ret;
 	if (ret) {
@@ -513,17 +516,20 @@ static int send_round_end(struct lmtrack_channel *channel, struct round_count *c
 
 /* ---- Rounds ---- */
 
-/* What is taken of the chunk, and so no longer dirty, is noted in what this returns. */
+/*
+ * What is taken of the chunk, and so no longer dirty, is noted in what this returns. Where memory
+ * is short the stream ends: nobody is killed for it.
+ */
 static struct lmtrack_flight *stream_flight(struct lmtrack_stream *stream, u32 region,
 					    unsigned long chunk)
 {
+	const gfp_t gfp = GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN;
 	struct lmtrack_flight *flight = xa_load(&stream->flights[region], chunk);
 
 	if (flight)
 		return flight;
-	flight = kzalloc(sizeof(*flight), GFP_KERNEL_ACCOUNT);
-	if (flight && xa_err(xa_store(&stream->flights[region], chunk, flight,
-				      GFP_KERNEL_ACCOUNT))) {
+	flight = kzalloc(sizeof(*flight), gfp);
+	if (flight && xa_err(xa_store(&stream->flights[region], chunk, flight, gfp))) {
 		kfree(flight);
 		flight = NULL;
 	}

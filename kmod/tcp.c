@@ -112,12 +112,12 @@ static int tcp_send_bytes(struct lmtrack_channel *channel, void *base, size_t by
 
 /*
  * For what sits above TCP: plain buffers, or TLS would keep the pages and encrypt them later. And
- * copies, made so that a memory error that nobody knew of yet ends the channel, not the host.
+ * copies, made so that a memory error that nobody knew of yet ends the stream, not the host.
  */
 static int tcp_copy_pages(struct lmtrack_channel *channel, struct bio_vec *bvec,
 			  unsigned int pages, int flags)
 {
-	void *copy = kmalloc(PAGE_SIZE, GFP_KERNEL_ACCOUNT);
+	void *copy = kmalloc(PAGE_SIZE, GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN);
 	unsigned int i;
 	int ret = copy ? 0 : -ENOMEM;
 
