@@ -922,6 +922,58 @@ TRACK_TEST(killing_the_tracker_stops)
 	EXPECT_EQ(1, harvest(self->fd, self->bitmap));
 }
 
+static void requests_without_end(int fd)
+{
+	static uint64_t bitmap[WORDS], hold[WORDS];
+
+	for (;;) {
+		lmt_start(fd, 0, NULL);
+		memset(hold, 0x0f, sizeof(hold));
+		hold_set(fd, 0, 0, PAGES, hold, NULL);
+		lmt_dirty(fd, CLEAR, 0, PAGES, bitmap);
+		lmt_stop(fd);
+	}
+}
+
+/*
+ * SIGKILL comes at any moment of a request, which in two processes with a mapping for each page takes
+ * its time. What it had begun is taken back, and who comes next finds nothing of it.
+ */
+TRACK_TEST(killed_in_a_request)
+{
+	struct lmtrack_region_stats stats;
+	unsigned int round;
+	size_t page;
+	pid_t pid;
+
+	for (page = 1; page < PAGES; page += 2)
+		ASSERT_EQ(0, mprotect(self->mem + page * PAGE, PAGE, PROT_READ));
+	for (round = 1; round <= 40; round++) {
+		for (page = 0; page < PAGES; page += 2)
+			self->mem[page * PAGE] = round;
+		pid = fork();
+		ASSERT_LE(0, pid);
+		if (!pid)
+			requests_without_end(lmt_reopen(self->fd));
+		pause_ms(10 + 2 * round);
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		EXPECT_EQ(-SIGKILL, child_status(pid));
+		EXPECT_TRUE(EVENTUALLY(10, region_info(self->fd).state == LMTRACK_IDLE));
+		EXPECT_TRUE(EVENTUALLY(10, lmt_stats(self->fd).mappers == 1));
+		ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+		EXPECT_EQ(PAGES / 2, harvest(self->fd, self->bitmap));
+		self->mem[7 * 2 * PAGE]++;
+		EXPECT_EQ(1, harvest(self->fd, self->bitmap));
+		EXPECT_PAGES(self->bitmap, 14);
+		EXPECT_EQ(0, lmt_stop(self->fd));
+	}
+	/* Nor do writes cost anything any more. */
+	stats = lmt_stats(self->fd);
+	for (page = 0; page < PAGES; page += 2)
+		self->mem[page * PAGE] = 0;
+	EXPECT_EQ(stats.write_faults, lmt_stats(self->fd).write_faults);
+}
+
 /* A region that is mapped, tracked and closed, in whatever order, goes. */
 TRACK_TEST(everything_closed_at_once)
 {
