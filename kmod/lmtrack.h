@@ -26,9 +26,11 @@
 #define LMTRACK_H
 
 #include <linux/bitmap.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
+#include <linux/sched.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -239,6 +241,15 @@ long lmtrack_stun_stats(struct file *file, void *arg);
 
 /* ---- Streams (stream.c) and their transports ---- */
 
+/* A kernel thread's would be put by a worker, and all that the host puts so would wait for it. */
+static inline void lmtrack_fput(struct file *file)
+{
+	if (current->flags & PF_KTHREAD)
+		__fput_sync(file);
+	else
+		fput(file);
+}
+
 struct lmtrack_stream;
 
 /**
@@ -247,9 +258,10 @@ struct lmtrack_stream;
  * @number:	in the frames
  * @transport:	how it sends
  * @priv:	the transport's own
- * @task:	the thread; NULL: the channel was dropped, and @priv is gone
- * @busy:	it has not finished the round; under the stream's end_lock
- * @error:	negative errno: it is lost; same
+ * @task:	the thread, with a reference
+ * @ended:	it has shut the connection down, and ends; under the stream's end_lock
+ * @dropped:	so it has, and @priv is gone; under the stream's lock
+ * @error:	negative errno: it is lost; under the stream's end_lock
  * @rank:	channels before it that were there when the round began
  * @seq:	frames sent; the thread's own
  * @round_done:	last round this channel has ended; the thread's own
@@ -267,7 +279,8 @@ struct lmtrack_channel {
 	const struct lmtrack_transport *transport;
 	void *priv;
 	struct task_struct *task;
-	bool busy;
+	bool ended;
+	bool dropped;
 	int error;
 	u32 rank;
 	u64 seq;
@@ -283,14 +296,18 @@ struct lmtrack_channel {
 
 /**
  * struct lmtrack_transport - what carries frames
+ *
+ * A @send that waits looks for lmtrack_channel_error() whenever it is woken, for which
+ * wake_up_process() is enough. @send, @pending and @shutdown are called by the channel's thread.
+ *
  * @owner:	its module, if that is another than this; each channel holds it
  * @attach:	take or make the connection that @how, the request, describes; sets channel->priv,
  *		which is the same for the same connection
  * @send:	send @head, then the pages; returns when the connection took all, or an error
  *		after which the channel is of no more use. @more: another frame follows at once
  * @pending:	the connection has bytes that could not leave yet: the wire is busy with them
- * @shutdown:	make a @send that waits fail now, and every later one. Any context that may sleep
- * @detach:	release what attach took; no @send runs or will
+ * @shutdown:	end the connection, for the peer as well; takes as long as that may take
+ * @detach:	release what attach took, after @shutdown or where no thread was there
  * @window:	pages of a region, from the window's first on, go to @address at the peer. NULL:
  *		the transport has no windows
  */
@@ -330,7 +347,6 @@ struct lmtrack_pace {
 };
 
 void lmtrack_pace_init(struct lmtrack_pace *pace);
-void lmtrack_pace_wake(struct lmtrack_pace *pace);
 void lmtrack_pace_set(struct lmtrack_pace *pace, u64 rate);
 unsigned int lmtrack_pace_pages(const struct lmtrack_pace *pace);
 bool lmtrack_pace_busy(const struct lmtrack_pace *pace);

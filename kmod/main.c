@@ -3,9 +3,10 @@
  * lmtrack: the device that makes regions and streams, and the way requests reach them.
  *
  * Lifetimes: an open /dev/lmtrack holds the module; so does every region's file, the
- * regions' file system while a region exists, every stream, and every thread that is to be
- * delayed. When none of them is left no code of the module can run but the workers', RCU's
- * and the last instructions of such a thread, which lmtrack_exit() waits for.
+ * regions' file system while a region exists, every stream, every thread of a channel, and every
+ * thread that is to be delayed. When none of them is left no code of the module can run but the
+ * workers', RCU's and the last instructions of a thread that was delayed, which lmtrack_exit()
+ * waits for.
  */
 #include <linux/miscdevice.h>
 #include <linux/module.h>

@@ -41,12 +41,6 @@ void lmtrack_pace_init(struct lmtrack_pace *pace)
 	init_waitqueue_head(&pace->sleepers);
 }
 
-/* Whoever sleeps shall look whether there is still reason to. */
-void lmtrack_pace_wake(struct lmtrack_pace *pace)
-{
-	wake_up_all(&pace->sleepers);
-}
-
 /* Bytes per second; 0: as fast as may be. */
 void lmtrack_pace_set(struct lmtrack_pace *pace, u64 rate)
 {
@@ -54,7 +48,8 @@ void lmtrack_pace_set(struct lmtrack_pace *pace, u64 rate)
 	/* What was sent stays paid for: who sets it often sends no more for it. */
 	WRITE_ONCE(pace->rate, rate);
 	spin_unlock(&pace->lock);
-	lmtrack_pace_wake(pace);
+	/* Whoever sleeps shall look whether there is still reason to. */
+	wake_up_all(&pace->sleepers);
 }
 
 static unsigned int pace_pages(u64 rate)

@@ -30,9 +30,9 @@
  * handler of the connection's events takes neither, as rdma_destroy_id() waits for it. Windows are
  * found without a lock: they are only added, and live as long as the channel.
  *
- * Lifetimes: the channel holds everything from attach to detach, bar one case: when the device
- * goes away, client_remove() releases what belongs to it, and leaves the rest to detach. Before
- * memory is unmapped the queue is drained.
+ * Lifetimes: the channel holds everything from attach to shutdown, which releases what belongs to
+ * the device and leaves the rest to detach; if the device goes away before, client_remove() does.
+ * Before memory is unmapped the queue is drained.
  */
 #include <linux/bvec.h>
 #include <linux/completion.h>
@@ -134,7 +134,7 @@ struct rdma_window {
  * @heads:	batches whose head is mapped
  * @mapped:	of @credit, those whose message is
  * @posted_to:	requests may have been posted to the queue pair
- * @gone:	the device is, and what belonged to it
+ * @gone:	what belongs to the device is
  * @step:	a step of connecting is done, or has failed
  * @error:	negative errno, the first: the connection is of no more use
  * @wait:	the thread waits here for completions and windows
@@ -1014,10 +1014,11 @@ static void rdma_shutdown(struct lmtrack_channel *channel)
 {
 	struct rdma_channel *rdma = channel->priv;
 
-	rdma_fail(rdma, -ESHUTDOWN);
 	mutex_lock(&rdma->lock);
-	if (!rdma->gone)
-		rdma_disconnect(rdma->id);
+	if (!rdma->gone) {
+		rdma->gone = true;
+		device_release(rdma);
+	}
 	mutex_unlock(&rdma->lock);
 }
 

@@ -28,17 +28,22 @@
  * it would take at the cap.
  *
  * Locks: stream->lock for set-up, for beginning a round and for dropping a channel.
- * stream->channels_lock for shutting all channels down, against one that is let go or replaced.
- * stream->end_lock (spin) for the results of a round, who keeps the wire busy, who is lost, who
- * waits for a window, and its end. None is held while anything is sent. The threads read what they
- * need of the stream without a lock; a round is published with a release store of stream->round
- * after everything it needs.
+ * stream->end_lock (spin) for the beginning of a round and its results, who keeps the wire busy,
+ * who is lost, who waits for a window, failures, and which threads there are. None is held while
+ * anything is sent. The threads read what they need of the stream without a lock; a round is
+ * published with a release store of stream->round after everything it needs.
  *
  * A failure that is not a connection's, CANCEL and closing the stream are one thing: the stream's
- * error is set once, then every channel is shut down, which wakes the threads that wait in it.
+ * error is set once and the threads are woken, wherever they wait. A thread that finds its channel
+ * or the stream at an end finishes the round there is, shuts its connection down, and ends. Nobody
+ * else sends or shuts down: whoever shares a socket can keep the lock that this takes for as long
+ * as he likes. So no call waits for a connection but by waiting, killably, for its thread.
  *
- * Lifetimes: the stream's file owns everything: the threads, references to the regions' files
- * and what the transports hold. release() stops the threads before it frees anything.
+ * Lifetimes: the stream's file owns everything: references to the regions' files, the channels,
+ * what their transports hold, and the threads. Who drops a channel waits for its thread, then lets
+ * go of the connection; so does, for all of them, who closes the stream, and frees it. Who is
+ * killed meanwhile does not wait on, and who is dying not for longer than LMTRACK_LINGER: then the
+ * last thread frees the stream. Each thread holds the module.
  */
 #include <linux/anon_inodes.h>
 #include <linux/bvec.h>
@@ -54,6 +59,7 @@
 #include <linux/poll.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/topology.h>
 #include <linux/uaccess.h>
@@ -62,6 +68,9 @@
 #include "compat.h"
 #include "lmtrack.h"
 #include "trace.h"
+
+/* So long does a dying process stay for the threads of each stream that it had. */
+#define LMTRACK_LINGER		(HZ / 10)
 
 /* A chunk in extents has at most every other page in one of them. */
 #define LMTRACK_FRAME_EXTENTS	(LMTRACK_CHUNK_PAGES / 2)
@@ -98,8 +107,7 @@ struct lmtrack_flight {
  * @regions:	by index in the frames; a file reference each
  * @region_count: of them
  * @flights:	struct lmtrack_flight by region and chunk
- * @channels_lock: see above
- * @channels:	by number
+ * @channels:	by number; changes under @lock and @end_lock, as does the next
  * @channel_count: of them
  * @what:	of the round
  * @holding:	the round leaves out held pages
@@ -119,6 +127,8 @@ struct lmtrack_flight {
  * @gone:	those that were lost in the round; so many more are to carry
  * @error:	negative errno; the stream has failed for good
  * @error_channel: where, or -1
+ * @threads:	of channels, that have not ended
+ * @orphan:	nobody waits for them: the last frees the stream
  * @result:	of the round
  * @end:	poll() and WAIT wait here for the end of the round
  * @pace:	how fast they may send
@@ -131,7 +141,6 @@ struct lmtrack_stream {
 	struct file *regions[LMTRACK_REGIONS_MAX];
 	unsigned int region_count;
 	struct xarray flights[LMTRACK_REGIONS_MAX];
-	struct mutex channels_lock;	/* channels that are let go, or replaced */
 	struct lmtrack_channel *channels[LMTRACK_CHANNELS_MAX];
 	unsigned int channel_count;
 
@@ -145,7 +154,7 @@ struct lmtrack_stream {
 	wait_queue_head_t work;
 	atomic_t running;
 
-	spinlock_t end_lock;		/* results, wire, losses, windows and end of a round */
+	spinlock_t end_lock;		/* results, wire, losses, windows, end of rounds; threads */
 	unsigned int carrying;
 	ktime_t carrying_since;
 	bool sending;
@@ -154,6 +163,8 @@ struct lmtrack_stream {
 	unsigned int gone;
 	int error;
 	int error_channel;
+	unsigned int threads;
+	bool orphan;
 	struct lmtrack_stream_wait result;
 	wait_queue_head_t end;
 
@@ -193,6 +204,13 @@ static void stream_release_stun(struct lmtrack_stream *stream)
 			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
 }
 
+/* With end_lock held: its thread looks again what there is to do, wherever it waits. */
+static void channel_wake(struct lmtrack_channel *channel)
+{
+	if (!channel->ended)
+		wake_up_process(channel->task);
+}
+
 /*
  * The channel's connection is of no more use: it ends, the others go on. By the channel's thread,
  * or under stream->lock.
@@ -210,9 +228,8 @@ static void channel_lose(struct lmtrack_channel *channel, int error)
 		last = !--stream->alive;
 		WRITE_ONCE(stream->gone, stream->gone + 1);
 	}
+	channel_wake(channel);
 	spin_unlock(&stream->end_lock);
-	lmtrack_pace_wake(&stream->pace);
-	channel->transport->shutdown(channel);
 	if (last)
 		stream_release_stun(stream);
 	wake_up_all(&stream->end);
@@ -261,18 +278,13 @@ static void stream_fail(struct lmtrack_stream *stream, int channel, int error)
 		WRITE_ONCE(stream->error, error);
 		stream->error_channel = channel;
 	}
+	for (i = 0; first && i < stream->channel_count; i++)
+		channel_wake(stream->channels[i]);
 	spin_unlock(&stream->end_lock);
 	if (!first)
 		return;
-	lmtrack_pace_wake(&stream->pace);
-	mutex_lock(&stream->channels_lock);
-	for (i = 0; i < stream->channel_count; i++)
-		if (stream->channels[i]->task)
-			stream->channels[i]->transport->shutdown(stream->channels[i]);
-	mutex_unlock(&stream->channels_lock);
 	stream_release_stun(stream);
 	wake_up_all(&stream->end);
-	wake_up_all(&stream->work);
 }
 
 /* ---- Time ---- */
@@ -658,15 +670,21 @@ static int channel_send_round(struct lmtrack_channel *channel, struct round_coun
 	return ret ?: send_round_end(channel, count);
 }
 
-/* The last channel is done: let go of the regions, then tell. */
-static void stream_round_end(struct lmtrack_stream *stream)
+static void stream_let_regions(struct lmtrack_stream *stream)
 {
-	struct lmtrack_stream_wait *result = &stream->result;
 	unsigned int i;
 
 	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
 		if (stream->regions[i])
 			lmtrack_sender_end(stream_region(stream, i));
+}
+
+/* The last channel is done: let go of the regions, then tell. */
+static void stream_round_end(struct lmtrack_stream *stream)
+{
+	struct lmtrack_stream_wait *result = &stream->result;
+
+	stream_let_regions(stream);
 	spin_lock(&stream->end_lock);
 	result->error = -stream->error;
 	result->channel = stream->error_channel;
@@ -700,12 +718,46 @@ static void channel_work(struct lmtrack_channel *channel)
 	result->zero_pages += count.zero;
 	result->bytes += count.bytes;
 	result->held_pages += count.held;
-	WRITE_ONCE(channel->busy, false);
 	spin_unlock(&stream->end_lock);
-	/* Who drops it waits for that, and then for the thread. */
-	wake_up_all(&stream->end);
 	if (atomic_dec_and_test(&stream->running))
 		stream_round_end(stream);
+}
+
+static void stream_free(struct lmtrack_stream *stream);
+
+/* The thread does not look at the channel any more. */
+static void channel_end(struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+	bool last;
+
+	spin_lock(&stream->end_lock);
+	WRITE_ONCE(channel->ended, true);
+	WRITE_ONCE(stream->threads, stream->threads - 1);
+	last = stream->orphan && !stream->threads;
+	/* Not after: who waits takes the lock once more before it frees the stream. */
+	wake_up_all(&stream->end);
+	spin_unlock(&stream->end_lock);
+	if (last)
+		stream_free(stream);
+}
+
+/* The round that the channel is to work on, or its last if there is no more for it to do. */
+static u32 channel_wait_round(struct lmtrack_channel *channel)
+{
+	struct lmtrack_stream *stream = channel->stream;
+
+	wait_event_idle(stream->work,
+			READ_ONCE(stream->round) != channel->round_done ||
+			lmtrack_channel_error(channel));
+	/*
+	 * A round that was begun is for each channel to end, also where an error has ended the
+	 * stream since: that was set under the lock, so the round is seen.
+	 */
+	spin_lock(&stream->end_lock);
+	spin_unlock(&stream->end_lock);
+	/* Pairs with the release in SEND: regions, channels and the round are there. */
+	return smp_load_acquire(&stream->round);
 }
 
 static int channel_thread(void *data)
@@ -715,19 +767,15 @@ static int channel_thread(void *data)
 	u32 round;
 
 	set_active_memcg(stream->memcg);
-	for (;;) {
-		wait_event_idle(stream->work,
-				kthread_should_stop() ||
-				READ_ONCE(stream->round) != channel->round_done);
-		/* Pairs with the release in SEND: regions, channels and the round are there. */
-		round = smp_load_acquire(&stream->round);
-		if (round == channel->round_done)
-			break;
+	for (round = channel_wait_round(channel); round != channel->round_done;
+	     round = channel_wait_round(channel)) {
 		channel->round_done = round;
 		channel_work(channel);
 	}
 	set_active_memcg(NULL);
-	return 0;
+	channel->transport->shutdown(channel);
+	channel_end(channel);
+	module_put_and_kthread_exit(0);
 }
 
 /* ---- Set-up ---- */
@@ -791,6 +839,8 @@ static atomic_t channel_total = ATOMIC_INIT(0);
 
 static void channel_free(struct lmtrack_channel *channel)
 {
+	if (channel->task)
+		put_task_struct(channel->task);
 	atomic_dec(&channel_total);
 	kvfree(channel->bvec);
 	kvfree(channel->folios);
@@ -851,7 +901,8 @@ static int stream_node(struct lmtrack_stream *stream)
 /* Start the thread, on the CPUs wished for or else near the memory. */
 static int channel_start(struct lmtrack_channel *channel, const struct cpumask *cpus)
 {
-	int node = stream_node(channel->stream);
+	struct lmtrack_stream *stream = channel->stream;
+	int node = stream_node(stream);
 	struct task_struct *task;
 
 	if (!cpus && node != NUMA_NO_NODE && !cpumask_empty(cpumask_of_node(node)))
@@ -862,7 +913,11 @@ static int channel_start(struct lmtrack_channel *channel, const struct cpumask *
 		return PTR_ERR(task);
 	if (cpus)
 		lmtrack_thread_affine(task, cpus);
-	channel->task = task;
+	channel->task = get_task_struct(task);
+	__module_get(THIS_MODULE);
+	spin_lock(&stream->end_lock);
+	stream->threads++;
+	spin_unlock(&stream->end_lock);
 	wake_up_process(task);
 	return 0;
 }
@@ -878,12 +933,12 @@ static int stream_check_channel(struct lmtrack_stream *stream,
 		return -EPIPE;
 	if (replace && channel->number >= stream->channel_count)
 		return -EINVAL;
-	if (replace && stream->channels[channel->number]->task)
+	if (replace && !stream->channels[channel->number]->dropped)
 		return -EEXIST;
 	if (!replace && stream->channel_count == LMTRACK_CHANNELS_MAX)
 		return -ENOSPC;
 	for (i = 0; i < stream->channel_count; i++)
-		if (stream->channels[i]->task &&
+		if (!stream->channels[i]->dropped &&
 		    stream->channels[i]->transport == channel->transport &&
 		    stream->channels[i]->priv == channel->priv)
 			return -EEXIST;
@@ -893,19 +948,19 @@ static int stream_check_channel(struct lmtrack_stream *stream,
 /* Its thread runs: it takes its place, which is that of a dropped one if there is one. */
 static void stream_put_channel(struct lmtrack_stream *stream, struct lmtrack_channel *channel)
 {
-	struct lmtrack_channel *before;
+	struct lmtrack_channel *before = stream->channels[channel->number];
 
-	mutex_lock(&stream->channels_lock);
-	before = stream->channels[channel->number];
 	spin_lock(&stream->end_lock);
 	stream->channels[channel->number] = channel;
+	if (!before)
+		stream->channel_count++;
 	stream->alive++;
+	/* Whoever cancelled just now has not woken it. */
+	if (stream->error)
+		channel_wake(channel);
 	spin_unlock(&stream->end_lock);
-	mutex_unlock(&stream->channels_lock);
 	if (before)
 		channel_free(before);
-	else
-		stream->channel_count++;
 }
 
 /* A channel over the connection that @how, the request, describes; *number: its number. */
@@ -979,20 +1034,18 @@ static long stream_drop_channel(struct file *file, void *arg)
 	channel = stream->channels[array_index_nospec(drop->channel, stream->channel_count)];
 	if (stream->error)
 		ret = -EPIPE;
-	else if (!channel->task)
+	else if (channel->dropped)
 		ret = -EALREADY;
 	if (ret)
 		goto out;
 	channel_lose(channel, -ECANCELED);
-	if (wait_event_killable(stream->end, !READ_ONCE(channel->busy))) {
+	if (wait_event_killable(stream->end, READ_ONCE(channel->ended))) {
 		ret = -EINTR;
 		goto out;
 	}
 	kthread_stop(channel->task);
-	mutex_lock(&stream->channels_lock);
-	channel->task = NULL;
 	channel_detach(channel);
-	mutex_unlock(&stream->channels_lock);
+	channel->dropped = true;
 	/* It has none of its own if its thread has failed the whole stream meanwhile. */
 	drop->error = -(channel->error ?: READ_ONCE(stream->error));
 	drop->pages = channel_return(channel);
@@ -1054,7 +1107,7 @@ static int stream_set_window(struct lmtrack_stream *stream,
 	u64 window;
 	int ret;
 
-	if (!channel || !channel->task || set->region >= LMTRACK_REGIONS_MAX)
+	if (!channel || channel->dropped || set->region >= LMTRACK_REGIONS_MAX)
 		return -EINVAL;
 	if (!channel->transport->window)
 		return -EOPNOTSUPP;
@@ -1106,7 +1159,7 @@ static long stream_rdma_wanted(struct file *file, void *arg)
 	if (mutex_lock_killable(&stream->lock))
 		return -EINTR;
 	channel = stream_channel(stream, out->channel);
-	wanted = channel && channel->task ? READ_ONCE(channel->wanted) : 0;
+	wanted = channel && !channel->dropped ? READ_ONCE(channel->wanted) : 0;
 	if (!channel) {
 		ret = -EINVAL;
 	} else if (!wanted) {
@@ -1142,20 +1195,42 @@ static int stream_hold_regions(struct lmtrack_stream *stream)
 	return ret;
 }
 
-/* The channels there are work on the round, from the first chunk on. */
-static void stream_begin(struct lmtrack_stream *stream)
+/* With end_lock held. While nothing is sent no thread fails, and nobody is lost. */
+static int stream_may_send(const struct lmtrack_stream *stream,
+			   const struct lmtrack_stream_send *send)
+{
+	if (stream->error)
+		return -EPIPE;
+	if (stream->sending)
+		return -EBUSY;
+	if (!stream->region_count || !stream->channel_count || send->round <= stream->round)
+		return -EINVAL;
+	return stream->lost || !stream->alive ? -EPIPE : 0;
+}
+
+/*
+ * With end_lock held: the channels there are work on the round, from the first chunk on. Each of
+ * their threads will see it, and end it for its part, whatever happens from now on.
+ */
+static void stream_begin(struct lmtrack_stream *stream, const struct lmtrack_stream_send *send)
 {
 	unsigned int i, there = 0;
 
-	for (i = 0; i < stream->channel_count; i++) {
-		if (!stream->channels[i]->task)
-			continue;
-		stream->channels[i]->busy = true;
-		stream->channels[i]->rank = there++;
-	}
+	memset(&stream->result, 0, sizeof(stream->result));
+	stream->result.round = send->round;
+	stream->what = send->what;
+	stream->holding = send->what == LMTRACK_SEND_DIRTY && !(send->flags & LMTRACK_SEND_HELD);
+	stream->begin = ktime_get();
+	for (i = 0; i < stream->channel_count; i++)
+		if (!stream->channels[i]->dropped)
+			stream->channels[i]->rank = there++;
 	stream->gone = 0;
 	atomic64_set(&stream->next, NEXT(0, 0));
 	atomic_set(&stream->running, there);
+	WRITE_ONCE(stream->sending, true);
+	trace_lmtrack_round_begin(stream->id, send->round, send->what);
+	/* Everything above is for the threads to see with the round. */
+	smp_store_release(&stream->round, send->round);
 }
 
 static long stream_send(struct file *file, void *arg)
@@ -1168,32 +1243,23 @@ static long stream_send(struct file *file, void *arg)
 		return -EINVAL;
 	if (mutex_lock_killable(&stream->lock))
 		return -EINTR;
-	if (stream->error)
-		ret = -EPIPE;
-	else if (READ_ONCE(stream->sending))
-		ret = -EBUSY;
-	else if (!stream->region_count || !stream->channel_count ||
-		 send->round <= stream->round)
-		ret = -EINVAL;
-	else if (READ_ONCE(stream->lost) || !stream->alive)
-		ret = -EPIPE;
-	else
+	spin_lock(&stream->end_lock);
+	ret = stream_may_send(stream, send);
+	spin_unlock(&stream->end_lock);
+	if (!ret)
 		ret = stream_hold_regions(stream);
 	if (ret)
 		goto out;
-
 	spin_lock(&stream->end_lock);
-	memset(&stream->result, 0, sizeof(stream->result));
-	stream->result.round = send->round;
-	WRITE_ONCE(stream->sending, true);
+	/* Cancelled meanwhile? */
+	ret = stream_may_send(stream, send);
+	if (!ret)
+		stream_begin(stream, send);
 	spin_unlock(&stream->end_lock);
-	stream->what = send->what;
-	stream->holding = send->what == LMTRACK_SEND_DIRTY && !(send->flags & LMTRACK_SEND_HELD);
-	stream->begin = ktime_get();
-	stream_begin(stream);
-	trace_lmtrack_round_begin(stream->id, send->round, send->what);
-	/* Everything above is for the threads to see with the round. */
-	smp_store_release(&stream->round, send->round);
+	if (ret) {
+		stream_let_regions(stream);
+		goto out;
+	}
 	wake_up_all(&stream->work);
 out:
 	mutex_unlock(&stream->lock);
@@ -1263,15 +1329,10 @@ static long stream_wait(struct file *file, void *arg)
 	return 0;
 }
 
+/* Without a lock: whoever has it may be waiting for a thread. */
 static long stream_cancel(struct file *file, void *arg)
 {
-	struct lmtrack_stream *stream = file->private_data;
-
-	/* Set-up must not add a channel behind the back of the one that shuts them down. */
-	if (mutex_lock_killable(&stream->lock))
-		return -EINTR;
-	stream_fail(stream, -1, -ECANCELED);
-	mutex_unlock(&stream->lock);
+	stream_fail(file->private_data, -1, -ECANCELED);
 	return 0;
 }
 
@@ -1357,6 +1418,10 @@ static __poll_t stream_poll(struct file *file, struct poll_table_struct *table)
 	return events;
 }
 
+/*
+ * Its threads have ended, or are the caller. Connections last: the close of a socket may take as
+ * long as its owner wished (SO_LINGER), where a kernel thread does it.
+ */
 static void stream_free(struct lmtrack_stream *stream)
 {
 	struct lmtrack_flight *flight;
@@ -1364,34 +1429,46 @@ static void stream_free(struct lmtrack_stream *stream)
 	unsigned int i;
 
 	for (i = 0; i < LMTRACK_REGIONS_MAX; i++) {
+		if (stream->regions[i])
+			lmtrack_fput(stream->regions[i]);
 		xa_for_each(&stream->flights[i], chunk, flight)
 			kfree(flight);
 		xa_destroy(&stream->flights[i]);
+	}
+	for (i = 0; i < stream->channel_count; i++) {
+		if (!stream->channels[i]->dropped)
+			channel_detach(stream->channels[i]);
+		channel_free(stream->channels[i]);
 	}
 	mem_cgroup_put(stream->memcg);
 	kfree(stream);
 }
 
+/*
+ * Who closes it waits for the threads. Not so the kernel's worker that closes what was on its way
+ * from process to process: others wait for that.
+ */
 static int stream_release(struct inode *inode, struct file *file)
 {
 	struct lmtrack_stream *stream = file->private_data;
 	unsigned int i;
+	bool last;
 
 	stream_fail(stream, -1, -ECANCELED);
+	if (current->flags & PF_EXITING)
+		wait_event_timeout(stream->end, !READ_ONCE(stream->threads), LMTRACK_LINGER);
+	else if (!(current->flags & PF_KTHREAD))
+		wait_event_killable(stream->end, !READ_ONCE(stream->threads));
+	spin_lock(&stream->end_lock);
+	last = !stream->threads;
+	stream->orphan = !last;
+	spin_unlock(&stream->end_lock);
+	if (!last)
+		return 0;
+	/* They hold the module until they have ended. Those of dropped channels have. */
 	for (i = 0; i < stream->channel_count; i++)
-		if (stream->channels[i]->task)
+		if (!stream->channels[i]->dropped)
 			kthread_stop(stream->channels[i]->task);
-	/* A thread that was stopped before it ever ran has left its round unfinished. */
-	if (stream->sending)
-		stream_round_end(stream);
-	for (i = 0; i < stream->channel_count; i++) {
-		if (stream->channels[i]->task)
-			channel_detach(stream->channels[i]);
-		channel_free(stream->channels[i]);
-	}
-	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
-		if (stream->regions[i])
-			fput(stream->regions[i]);
 	stream_free(stream);
 	return 0;
 }
@@ -1415,7 +1492,6 @@ long lmtrack_stream_create(struct file *file, void *arg)
 	if (!stream)
 		return -ENOMEM;
 	mutex_init(&stream->lock);
-	mutex_init(&stream->channels_lock);
 	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
 		xa_init_flags(&stream->flights[i], XA_FLAGS_ACCOUNT);
 	spin_lock_init(&stream->end_lock);

@@ -9,8 +9,9 @@
  *
  * channel->priv is the socket, held with a reference to its file from attach to detach. The
  * channel's thread is the only sender. It waits for room itself, holding no lock, and is woken
- * by room, by the shutdown of the connection and once a second: the socket is its owner's as
- * well, who can undo our shutdown and set what SO_SNDTIMEO is. So nothing waits in the socket.
+ * by room, by whoever ends the channel and once a second: the socket is its owner's as well, who
+ * can connect it anew and set what SO_SNDTIMEO is. So nothing waits in the socket, but for its
+ * lock.
  */
 #include <linux/bvec.h>
 #include <linux/net.h>
@@ -229,7 +230,7 @@ static void tcp_detach(struct lmtrack_channel *channel)
 {
 	struct socket *sock = channel->priv;
 
-	sockfd_put(sock);
+	lmtrack_fput(sock->file);
 }
 
 const struct lmtrack_transport lmtrack_tcp = {
