@@ -3,7 +3,9 @@
 #ifndef UAPI_REQUESTS_H
 #define UAPI_REQUESTS_H
 
+#include <netinet/in.h>
 #include <poll.h>
+#include <sched.h>
 
 #include "uapi_common.h"
 
@@ -101,6 +103,34 @@ static inline int stream_events(int stream, int timeout_ms)
 	struct pollfd poll_fd = { .fd = stream, .events = POLLIN | POLLPRI };
 
 	return poll(&poll_fd, 1, timeout_ms) < 0 ? -errno : poll_fd.revents;
+}
+
+/*
+ * What was received stays with the processor that it was sent on, to be freed when that one has
+ * traffic again: here it has.
+ */
+static inline void sockets_run(void)
+{
+	struct sockaddr_in in = {
+		.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+	};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), cpu;
+	socklen_t length = sizeof(in);
+	cpu_set_t before, one;
+
+	sched_getaffinity(0, sizeof(before), &before);
+	if (!bind(fd, (void *)&in, sizeof(in)) && !getsockname(fd, (void *)&in, &length)) {
+		for (cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+			if (!CPU_ISSET(cpu, &before))
+				continue;
+			CPU_ZERO(&one);
+			CPU_SET(cpu, &one);
+			if (!sched_setaffinity(0, sizeof(one), &one))
+				sendto(fd, "", 1, 0, (void *)&in, sizeof(in));
+		}
+	}
+	sched_setaffinity(0, sizeof(before), &before);
+	close(fd);
 }
 
 #endif /* UAPI_REQUESTS_H */

@@ -951,8 +951,10 @@ static void drain(struct __test_metadata *_metadata, int stream, struct receiver
 {
 	unsigned int rounds = 0;
 
-	while (round_trip(_metadata, stream, rx, ++*round, DIRTY).pages && ++rounds < 100)
+	while (round_trip(_metadata, stream, rx, ++*round, DIRTY).pages && ++rounds < 100) {
 		pause_ms(20);
+		sockets_run();
+	}
 	printf("# %u rounds until nothing was left\n", rounds);
 	EXPECT_GT(100, rounds);
 }
@@ -1999,6 +2001,60 @@ STREAM_TEST(many_ends)
 		close(pair[1]);
 	}
 	EXPECT_EQ(0, lmt_stop(self->fd));
+}
+
+static void *cancel_at_once(void *arg)
+{
+	struct canceller *c = arg;
+
+	while (!__atomic_load_n(&c->ms, __ATOMIC_ACQUIRE))
+		;
+	for (volatile unsigned int i = 0; i < c->ms * 50; i++)
+		;
+	stream_cancel(c->stream);
+	return NULL;
+}
+
+/* A channel is added and a round begins while another cancels: it begins and ends, or does not begin. */
+STREAM_TEST(cancel_beside_set_up_and_send)
+{
+	unsigned int turn, begun = 0, refused = 0;
+	struct lmtrack_stream_wait result;
+	struct canceller canceller;
+	int pair[2];
+
+	memset(self->mem, 7, BYTES);
+	for (turn = 0; turn < 200; turn++) {
+		long ret;
+
+		ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+		canceller.stream = stream_open(STREAM_ID, 0);
+		canceller.ms = 0;
+		ASSERT_LE(0, canceller.stream);
+		ASSERT_EQ(0, tcp_pair(pair, 0));
+		ASSERT_EQ(0, stream_add_region(canceller.stream, self->fd, 0));
+		ASSERT_EQ(0, pthread_create(&canceller.thread, NULL, cancel_at_once, &canceller));
+		__atomic_store_n(&canceller.ms, 1 + turn, __ATOMIC_RELEASE);
+		ret = add_channel(canceller.stream, pair[0]);
+		EXPECT_TRUE(!ret || ret == -EPIPE);
+		ret = ret ?: stream_send(canceller.stream, 1, ALL);
+		EXPECT_TRUE(!ret || ret == -EPIPE);
+		ASSERT_EQ(0, pthread_join(canceller.thread, NULL));
+		if (!ret) {
+			EXPECT_EQ(0, stream_wait(canceller.stream, 20000, &result));
+			EXPECT_TRUE(result.error == ECANCELED || !result.error);
+			begun++;
+		} else {
+			refused++;
+		}
+		EXPECT_EQ(-EPIPE, stream_send(canceller.stream, 2, DIRTY));
+		/* Without a round that was left behind. */
+		EXPECT_EQ(0, lmt_stop(self->fd));
+		close(canceller.stream);
+		close(pair[0]);
+		close(pair[1]);
+	}
+	printf("# %u rounds begun, %u refused\n", begun, refused);
 }
 
 /* ---- A cap on the rate ---- */
