@@ -458,20 +458,22 @@ static int send_extents(struct lmtrack_channel *channel, u8 type, u32 region,
 
 /*
  * Is it all zeroes? It is looked at through a copy, which a memory error that nobody knew of yet
- * only makes fail: to read it in place would stop the host. Most pages are told by the first piece.
+ * only makes fail: to read it in place would stop the host. Most pages are told by the first line.
  *
  * Return: 1, 0 or -EHWPOISON.
  */
 static int folio_is_zero(struct folio *folio)
 {
 	const void *page = page_address(folio_page(folio, 0));
-	unsigned int offset;
+	size_t offset, bytes = SMP_CACHE_BYTES;
 	u64 piece[32];
 
-	for (offset = 0; offset < PAGE_SIZE; offset += sizeof(piece)) {
-		if (copy_mc_to_kernel(piece, page + offset, sizeof(piece)))
+	for (offset = 0; offset < PAGE_SIZE; offset += bytes) {
+		if (offset)
+			bytes = min(sizeof(piece), PAGE_SIZE - offset);
+		if (copy_mc_to_kernel(piece, page + offset, bytes))
 			return -EHWPOISON;
-		if (memchr_inv(piece, 0, sizeof(piece)))
+		if (memchr_inv(piece, 0, bytes))
 			return 0;
 	}
 	return 1;
