@@ -5,8 +5,8 @@
  * Lock order, outermost first:
  *
  *   stream->lock
- *     stream->channels_lock		channels that are let go, or replaced
- *       (rdma.c) channels_lock, rdma->lock, the connection manager's
+ *     (rdma.c) channels_lock		the list of channels
+ *       rdma->lock, the connection manager's
  *     region->flip_lock		one change between idle and tracked at a time
  *       mmap_lock			of any process that maps the region
  *         region->mms_lock		the list of those processes
@@ -16,6 +16,7 @@
  *         i_pages lock, region->chunks lock
  *         stun->threads_lock		the accounts of threads
  *       stun->sleepers.lock		of the wait queue
+ *     stream->end_lock		results, losses, threads; beneath it only wait queues
  *   stream->pace.lock			how much was sent; taken with nothing else held
  *
  * flip_lock may wait for a process's mmap_lock for as long as that process likes, so it is

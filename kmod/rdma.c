@@ -26,7 +26,8 @@
  *
  * Locks: channels_lock guards the list of channels, which is there for devices that go away.
  * rdma->lock, inside it, guards the resources below the connection (id, queue pair, mappings) and
- * @gone: the thread holds it while it maps, posts and unmaps, never while it waits. The
+ * @gone: the thread holds it while it maps, posts and unmaps, never while it waits but for the
+ * end of all that is under way, when the channel is shut down. The
  * handler of the connection's events takes neither, as rdma_destroy_id() waits for it. Windows are
  * found without a lock: they are only added, and live as long as the channel.
  *

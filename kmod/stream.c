@@ -199,9 +199,12 @@ static void stream_release_stun(struct lmtrack_stream *stream)
 {
 	unsigned int i;
 
-	for (i = 0; i < LMTRACK_REGIONS_MAX; i++)
-		if (stream->regions[i])
-			lmtrack_stun_release(stream_region(stream, i), stream->regions[i]);
+	for (i = 0; i < LMTRACK_REGIONS_MAX; i++) {
+		struct file *region = READ_ONCE(stream->regions[i]);
+
+		if (region)
+			lmtrack_stun_release(lmtrack_region_of(region), region);
+	}
 }
 
 /* With end_lock held: its thread looks again what there is to do, wherever it waits. */
@@ -691,10 +694,10 @@ static void stream_round_end(struct lmtrack_stream *stream)
 	result->error = -stream->error;
 	result->channel = stream->error_channel;
 	result->duration_ns = ktime_to_ns(ktime_sub(ktime_get(), stream->begin));
-	WRITE_ONCE(stream->sending, false);
-	spin_unlock(&stream->end_lock);
 	trace_lmtrack_round_end(stream->id, stream->round, result->pages, result->bytes,
 				stream->error);
+	WRITE_ONCE(stream->sending, false);
+	spin_unlock(&stream->end_lock);
 	wake_up_all(&stream->end);
 }
 
@@ -811,10 +814,15 @@ static long stream_add_region(struct file *file, void *arg)
 			ret = -EEXIST;
 	if (!ret && stream->regions[index])
 		ret = -EEXIST;
+	/* Whoever cancels now looks for regions after that: stream_release_stun(). */
+	spin_lock(&stream->end_lock);
+	if (!ret && stream->error)
+		ret = -EPIPE;
 	if (!ret) {
-		stream->regions[index] = region_file;
+		WRITE_ONCE(stream->regions[index], region_file);
 		stream->region_count++;
 	}
+	spin_unlock(&stream->end_lock);
 	mutex_unlock(&stream->lock);
 	if (!ret)
 		return 0;
@@ -1420,10 +1428,7 @@ static __poll_t stream_poll(struct file *file, struct poll_table_struct *table)
 	return events;
 }
 
-/*
- * Its threads have ended, or are the caller. Connections last: the close of a socket may take as
- * long as its owner wished (SO_LINGER), where a kernel thread does it.
- */
+/* Its threads have ended, or are the caller. */
 static void stream_free(struct lmtrack_stream *stream)
 {
 	struct lmtrack_flight *flight;

@@ -226,10 +226,21 @@ static void tcp_shutdown_channel(struct lmtrack_channel *channel)
 	kernel_sock_shutdown(channel->priv, SHUT_RDWR);
 }
 
+/*
+ * Where a kernel thread lets go of it, nobody is left who wished it to linger, and no signal could
+ * end that. A linger of 0 stays: it resets the connection. If another has the socket, too, it is
+ * not closed now, and the lock may be kept.
+ */
 static void tcp_detach(struct lmtrack_channel *channel)
 {
 	struct socket *sock = channel->priv;
 
+	if ((current->flags & PF_KTHREAD) && file_count(sock->file) == 1) {
+		lock_sock(sock->sk);
+		if (sock->sk->sk_lingertime)
+			sock_reset_flag(sock->sk, SOCK_LINGER);
+		release_sock(sock->sk);
+	}
 	lmtrack_fput(sock->file);
 }
 

@@ -869,7 +869,7 @@ SIGNALS_TEST(stream_ends)
 
 /* ---- What is closed when all is over ---- */
 
-/* A lingering socket keeps whoever closes it, but no kernel thread that others wait for. */
+/* With bytes that nobody takes, on a socket that is to linger for them. */
 static long own_lingering(struct job *job)
 {
 	struct linger linger = { .l_onoff = 1, .l_linger = 1000 };
@@ -887,26 +887,41 @@ static long own_lingering(struct job *job)
 	close(fd);
 	pause_ms(200);
 	job->shared->go = !ret;
+	if (job->then)
+		job->then(job);
 	return pause();
 }
 
+/* It keeps neither whoever dies, nor a thread of the kernel's that nobody could end. */
 SIGNALS_TEST(lingering)
 {
-	struct job job = { .call = own_lingering, .fd = self->fd };
-	int pair[2], room = 65536;
-	pid_t pid;
+	long (*const ends_by[])(struct job *) = { NULL, close_on_the_way };
+	int pair[2], room = 65536, users;
 
-	ASSERT_EQ(0, tcp_pair(pair));
-	ASSERT_EQ(0, setsockopt(pair[1], SOL_SOCKET, SO_RCVBUF, &room, sizeof(room)));
-	job.socket = pair[0];
-	pid = job_start(&job);
-	close(pair[0]);
-	EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(), job.shared->go));
-	EXPECT_EQ(-SIGKILL, killed(pid));
-	/* Nobody has read a byte. */
-	EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(), region_info(self->fd).state == LMTRACK_IDLE));
-	close(pair[1]);
-	USABLE();
+	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
+	ASSERT_EQ(0, lmt_stop(self->fd));
+	users = module_users();
+	for (unsigned int i = 0; i < ARRAY_SIZE(ends_by); i++) {
+		struct job job = { .call = own_lingering, .fd = self->fd, .then = ends_by[i] };
+		pid_t pid;
+
+		ASSERT_EQ(0, tcp_pair(pair));
+		ASSERT_EQ(0, setsockopt(pair[1], SOL_SOCKET, SO_RCVBUF, &room, sizeof(room)));
+		job.socket = pair[0];
+		pid = job_start(&job);
+		close(pair[0]);
+		EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(), job.shared->go));
+		pause_ms(200);
+		EXPECT_EQ(-SIGKILL, killed(pid));
+		/* Nobody has read a byte. */
+		EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(),
+				       region_info(self->fd).state == LMTRACK_IDLE &&
+				       module_users() == users))
+			TH_LOG("%d users, %d before", module_users(), users);
+		close(pair[1]);
+		USABLE();
+		EXPECT_EQ(0, lmt_stop(self->fd));
+	}
 }
 
 /* ---- Who waits for a peer that does not answer ---- */

@@ -544,7 +544,8 @@ struct lmtrack_stream_wait {
  * @size:	sizeof(struct lmtrack_stream_cancel)
  * @flags:	zero
  *
- * Shuts every channel down and ends the round with ECANCELED. The stream cannot send again.
+ * Has every channel shut down, without waiting for it, which ends the round with ECANCELED. The
+ * stream cannot send again.
  * Pages harvested but not sent are no longer dirty: whoever goes on after this begins with
  * LMTRACK_SEND_ALL on a new stream. Harmless when nothing is being sent. Ends the ceiling of
  * LMTRACK_STUN_SET on its regions, as does any other end of the stream.
