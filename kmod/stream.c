@@ -392,32 +392,41 @@ static struct lmtrack_wire_frame *frame_begin(struct lmtrack_channel *channel, u
 	return frame;
 }
 
+/* What a DATA frame carries: these pages behind those that it has. */
+static void frame_add(struct lmtrack_channel *channel, unsigned int from, unsigned int to,
+		      unsigned int pages)
+{
+	struct bio_vec *bvec = &channel->bvec[pages];
+
+	for (; from < to; from++, bvec++) {
+		bvec->bv_page = folio_page(channel->folios[from], 0);
+		bvec->bv_offset = 0;
+		bvec->bv_len = PAGE_SIZE;
+	}
+}
+
 /* The table of @frame: of the pages from *@next on so many at most. Returns its entries. */
 static unsigned int frame_fill(struct lmtrack_channel *channel, struct lmtrack_wire_frame *frame,
 			       unsigned long chunk, const unsigned long *bits,
 			       unsigned int *next, unsigned int most, unsigned int *pages)
 {
 	struct lmtrack_wire_extent *extent = (struct lmtrack_wire_extent *)(frame + 1);
-	unsigned int from, to, bit, extents = 0;
+	unsigned int from, to, extents = 0, count = 0;
 
-	*pages = 0;
 	for (from = find_next_bit(bits, LMTRACK_CHUNK_PAGES, *next);
-	     from < LMTRACK_CHUNK_PAGES && *pages < most;
+	     from < LMTRACK_CHUNK_PAGES && count < most;
 	     from = find_next_bit(bits, LMTRACK_CHUNK_PAGES, to)) {
 		to = find_next_zero_bit(bits, LMTRACK_CHUNK_PAGES, from);
-		to = min(to, from + most - *pages);
+		to = min(to, from + most - count);
 		extent[extents].first = cpu_to_le64((u64)chunk * LMTRACK_CHUNK_PAGES + from);
 		extent[extents].pages = cpu_to_le32(to - from);
 		extent[extents].reserved = 0;
 		extents++;
-		for (bit = from; bit < to; bit++, ++*pages) {
-			if (frame->type != LMTRACK_FRAME_DATA)
-				continue;
-			channel->bvec[*pages].bv_page = folio_page(channel->folios[bit], 0);
-			channel->bvec[*pages].bv_offset = 0;
-			channel->bvec[*pages].bv_len = PAGE_SIZE;
-		}
+		if (frame->type == LMTRACK_FRAME_DATA)
+			frame_add(channel, from, to, count);
+		count += to - from;
 	}
+	*pages = count;
 	*next = from;
 	return extents;
 }
@@ -468,7 +477,7 @@ static int send_extents(struct lmtrack_channel *channel, u8 type, u32 region,
 static int folio_is_zero(struct folio *folio)
 {
 	const void *page = page_address(folio_page(folio, 0));
-	size_t offset, bytes = SMP_CACHE_BYTES;
+	size_t offset, bytes = SMP_CACHE_BYTES, i;
 	u64 piece[32];
 
 	for (offset = 0; offset < PAGE_SIZE; offset += bytes) {
@@ -476,10 +485,60 @@ static int folio_is_zero(struct folio *folio)
 			bytes = min(sizeof(piece), PAGE_SIZE - offset);
 		if (copy_mc_to_kernel(piece, page + offset, bytes))
 			return -EHWPOISON;
-		if (memchr_inv(piece, 0, bytes))
-			return 0;
+		for (i = 0; i < bytes / sizeof(*piece); i++)
+			if (piece[i])
+				return 0;
 	}
 	return 1;
+}
+
+/* Need the page not be sent, as it is all zeroes? 1, 0 or -EHWPOISON. */
+static int page_is_zero(const struct lmtrack_channel *channel, unsigned int page)
+{
+	struct folio *folio = channel->folios[page];
+
+	if (!folio)
+		return 1;
+	if (PageHWPoison(folio_page(folio, 0)))
+		return -EHWPOISON;
+	return channel->stream->zero_detect ? folio_is_zero(folio) : 0;
+}
+
+/* Word by word: a few instructions for each page, whatever the pattern. */
+static int find_zeroes(const struct lmtrack_channel *channel, const unsigned long *taken,
+		       unsigned long *zero)
+{
+	unsigned int word, page;
+	unsigned long rest;
+	int is_zero;
+
+	bitmap_zero(zero, LMTRACK_CHUNK_PAGES);
+	for (word = 0; word < BITS_TO_LONGS(LMTRACK_CHUNK_PAGES); word++) {
+		for (rest = taken[word]; rest; rest &= rest - 1) {
+			page = word * BITS_PER_LONG + __ffs(rest);
+			is_zero = page_is_zero(channel, page);
+			if (is_zero < 0)
+				return is_zero;
+			if (is_zero)
+				__set_bit(page, zero);
+		}
+	}
+	return 0;
+}
+
+static void put_taken(const struct lmtrack_channel *channel, const unsigned long *taken)
+{
+	struct folio *folio;
+	unsigned int word;
+	unsigned long rest;
+
+	for (word = 0; word < BITS_TO_LONGS(LMTRACK_CHUNK_PAGES); word++) {
+		for (rest = taken[word]; rest; rest &= rest - 1) {
+			folio = channel->folios[word * BITS_PER_LONG + __ffs(rest)];
+			if (folio)
+				folio_put(folio);
+		}
+	}
 }
 
 static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long chunk,
@@ -488,24 +547,12 @@ static int send_chunk(struct lmtrack_channel *channel, u32 region, unsigned long
 	struct lmtrack_stream *stream = channel->stream;
 	DECLARE_BITMAP(zero, LMTRACK_CHUNK_PAGES);
 	DECLARE_BITMAP(data, LMTRACK_CHUNK_PAGES);
-	unsigned int bit;
 	ktime_t begin;
 	int ret;
 
-	bitmap_zero(zero, LMTRACK_CHUNK_PAGES);
-	for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES) {
-		struct folio *folio = channel->folios[bit];
-		int is_zero = !folio;
-
-		if (folio && PageHWPoison(folio_page(folio, 0)))
-			return -EHWPOISON;
-		if (folio && stream->zero_detect)
-			is_zero = folio_is_zero(folio);
-		if (is_zero < 0)
-			return is_zero;
-		if (is_zero)
-			__set_bit(bit, zero);
-	}
+	ret = find_zeroes(channel, taken, zero);
+	if (ret)
+		return ret;
 	bitmap_andnot(data, taken, zero, LMTRACK_CHUNK_PAGES);
 
 	begin = channel_carry(channel);
@@ -639,7 +686,6 @@ static int channel_send_from(struct lmtrack_channel *channel, u32 number, unsign
 	struct lmtrack_region *region = stream_region(stream, number);
 	struct lmtrack_flight *flight = stream_flight(stream, number, index);
 	DECLARE_BITMAP(taken, LMTRACK_CHUNK_PAGES);
-	unsigned int bit;
 	int ret;
 
 	if (!flight)
@@ -654,9 +700,7 @@ static int channel_send_from(struct lmtrack_channel *channel, u32 number, unsign
 	/* Last: see struct lmtrack_flight. Pairs with the acquire in channel_return(). */
 	smp_store_release(&flight->round, stream->round);
 	ret = send_chunk(channel, number, index, taken, count);
-	for_each_set_bit(bit, taken, LMTRACK_CHUNK_PAGES)
-		if (channel->folios[bit])
-			folio_put(channel->folios[bit]);
+	put_taken(channel, taken);
 	return ret;
 }
 
