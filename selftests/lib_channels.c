@@ -560,7 +560,7 @@ TEST_F_TIMEOUT(channels, all_lost_and_back, 120)
 	static const int at[] = { AT_FIRST_ROUND, KMIG_STATE_ITERATION, AT_PAUSE, AT_SAVE };
 
 	SKIP_WITHOUT_TRACKER();
-	gone_ms = 600;
+	gone_ms = 600 * lmt_slower();
 	for (unsigned int i = 0; i < 8; i++) {
 		gone_at = at[i % 4];
 		was_gone = ran_meanwhile = false;
