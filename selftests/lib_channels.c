@@ -567,7 +567,7 @@ TEST_F_TIMEOUT(channels, all_lost_and_back, 120)
 		begin(self, 32768);
 		self->source.hook = lose_all;
 		move(self);
-		EXPECT_TRUE(was_gone);
+		ASSERT_TRUE(was_gone);
 		pthread_join(gone_thread, NULL);
 		EXPECT_TRUE(ran_meanwhile) TH_LOG("%d", gone_at);
 		EXPECT_MOVED();
