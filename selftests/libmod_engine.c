@@ -87,8 +87,7 @@ TEST_F_TIMEOUT(pair, moves_a_writing_guest, 120)
 TEST_F_TIMEOUT(pair, racing_writers, 120)
 {
 	self->source.max_rounds = 6;
-	/* Hardly anything; on a kernel that looks for mistakes a page takes a millisecond. */
-	self->source.downtime_ms = lmt_slower() * lmt_slower();
+	self->source.downtime_ms = 1;
 	self->source.channels = 4;
 	MIGRATE(32 * MIB, 0);
 	TELL();
