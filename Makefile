@@ -9,7 +9,7 @@
 #   make check KERNEL=debug-kcsan    ... on one that looks for data races
 #   make check KERNEL=7              ... on Debian 13's newest 7.x (fetched first)
 #   make bench             lmtrack beside its peers, in VMs: a table of ratios in build/bench
-#   make bench QUICK=1     ... in five minutes; BENCH="harvest ..." only these rows
+#   make bench QUICK=1     ... in six minutes; BENCH="harvest ..." only these rows
 #   make soak              one guest, moved to and fro for SOAK_SECONDS (3600), in a VM
 #   make demo              running guests move between two QEMUs, in a VM
 #   make fuzz              the fuzzers, FUZZ_SECONDS each (1800)
