@@ -37,6 +37,20 @@ static inline void pause_ms(unsigned int ms)
 	_met;									\
 })
 
+/* What holds the module: descriptors, mappings, threads. */
+static inline long long module_users(void)
+{
+	FILE *file = fopen("/sys/module/lmtrack/refcnt", "re");
+	long long users = -1;
+
+	if (file) {
+		if (fscanf(file, "%lld", &users) != 1)
+			users = -1;
+		fclose(file);
+	}
+	return users;
+}
+
 static inline int device_open(void)
 {
 	return E(open("/dev/lmtrack", O_RDWR | O_CLOEXEC));

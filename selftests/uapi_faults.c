@@ -80,19 +80,6 @@ static bool disarm(int fail_nth)
 	return atoi(text) == 0;
 }
 
-static long long module_users(void)
-{
-	FILE *file = fopen("/sys/module/lmtrack/refcnt", "r");
-	long long users = -1;
-
-	if (file) {
-		if (fscanf(file, "%lld", &users) != 1)
-			users = -1;
-		fclose(file);
-	}
-	return users;
-}
-
 /* ---- A region ---- */
 
 FIXTURE(faults) {

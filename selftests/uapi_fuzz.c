@@ -920,19 +920,6 @@ static unsigned long wish(const char *name, unsigned long otherwise)
 	return value ? strtoul(value, NULL, 0) : otherwise;
 }
 
-static long long module_users(void)
-{
-	FILE *file = fopen("/sys/module/lmtrack/refcnt", "r");
-	long long users = -1;
-
-	if (file) {
-		if (fscanf(file, "%lld", &users) != 1)
-			users = -1;
-		fclose(file);
-	}
-	return users;
-}
-
 FIXTURE(fuzz) {
 };
 

@@ -1220,11 +1220,6 @@ REGION_TEST(stats_contents)
 
 /* ---- The module ---- */
 
-static long long module_users(void)
-{
-	return file_number("/sys/module/lmtrack", "refcnt", NULL);
-}
-
 /* Whatever refers to its code keeps the module; who dares to ask gets EWOULDBLOCK. */
 REGION_TEST(module_stays_while_used)
 {

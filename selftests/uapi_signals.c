@@ -207,21 +207,8 @@ static bool disturb(pid_t pid)
 
 /* ---- A region ---- */
 
-static int module_users(void)
-{
-	FILE *file = fopen("/sys/module/lmtrack/refcnt", "re");
-	int users = -1;
-
-	if (!file)
-		return -1;
-	if (fscanf(file, "%d", &users) != 1)
-		users = -1;
-	fclose(file);
-	return users;
-}
-
 FIXTURE(signals) {
-	int users;
+	long long users;
 	int fd;
 	unsigned char *mem;
 	uint64_t bitmap[PAGES / 64];
@@ -733,9 +720,7 @@ SIGNALS_TEST(drop_channel)
 
 static long cancel_call(struct job *job)
 {
-	struct lmtrack_stream_cancel cancel = { .size = sizeof(cancel) };
-
-	return lmt_ioctl(job->stream, LMTRACK_STREAM_CANCEL, &cancel);
+	return stream_cancel(job->stream);
 }
 
 /* A stream of its own with two channels, of which one stands. */
@@ -817,7 +802,8 @@ SIGNALS_TEST(stream_ends)
 		NULL, close_call, cancel_call, cancel_beside_drop, close_on_the_way,
 	};
 	struct job holder = { .call = hold_socket };
-	int pair[2], other[2], users;
+	int pair[2], other[2];
+	long long users;
 
 	/* What tracking leaves, and the module as RDMA has it. */
 	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
@@ -856,7 +842,7 @@ SIGNALS_TEST(stream_ends)
 		EXPECT_TRUE(stands(0));
 		EXPECT_EQ(LMTRACK_TRACKED, region_info(self->fd).state);
 		EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(), module_users() == users + 2))
-			TH_LOG("%d users, %d before", module_users(), users);
+			TH_LOG("%lld users, %lld before", module_users(), users);
 		EXPECT_EQ(-SIGKILL, killed(held));
 		close(pair[0]);
 		close(pair[1]);
@@ -896,7 +882,8 @@ static long own_lingering(struct job *job)
 SIGNALS_TEST(lingering)
 {
 	long (*const ends_by[])(struct job *) = { NULL, close_on_the_way };
-	int pair[2], room = 65536, users;
+	int pair[2], room = 65536;
+	long long users;
 
 	ASSERT_EQ(0, lmt_start(self->fd, 0, NULL));
 	ASSERT_EQ(0, lmt_stop(self->fd));
@@ -917,7 +904,7 @@ SIGNALS_TEST(lingering)
 		EXPECT_TRUE(EVENTUALLY(10 * lmt_slower(),
 				       region_info(self->fd).state == LMTRACK_IDLE &&
 				       module_users() == users))
-			TH_LOG("%d users, %d before", module_users(), users);
+			TH_LOG("%lld users, %lld before", module_users(), users);
 		close(pair[1]);
 		USABLE();
 		EXPECT_EQ(0, lmt_stop(self->fd));
